@@ -1,0 +1,87 @@
+# Everything that people and CI run. Needs Python 3.11, make and pip; each target makes the environment that it uses.
+#
+# The first call installs several GB: the full stack holds the CUDA build of torch 2.4.1. `test-latest` takes torch
+# 2.13.0 from wherever pip finds it; for a build without CUDA (some 200 MB instead of several GB) set PIP_FIND_LINKS or
+# PIP_EXTRA_INDEX_URL to a place that has one. pip reads every other PIP_* variable as well.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The first Python 3.11 on the path; if there is none, python3, which setup_env.py refuses with a message.
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+    $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
+VENV ?= .venv
+VENV_LATEST ?= .venv-latest
+VENV_LINT ?= .venv-lint
+JOBS ?= 2
+PYTEST_FLAGS ?=
+DEMO_FLAGS ?= --out runs/demo
+
+FULL := constraints/full-py311.txt
+LATEST := constraints/latest-torch-py311.txt
+READY := ndem_zoo-installed
+FULL_EXTRAS := .[full,xtb,docs,dev]
+# The extras of `full` but SchNetPack, which does not import beside this torch; torchmd-net is for the parity test.
+LATEST_EXTRAS := .[dgl,chem,deepchem,oc20,cli,plots,tensorboard,xtb,dev]
+
+# $(call set-up,environment,constraints,requirements,GB)
+set-up = @command -v $(PYTHON) >/dev/null || { echo "set-up of $(1) failed: Python 3.11 is needed, and there is no \
+$(PYTHON); install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+    $(PYTHON) scripts/setup_env.py $(1) $(2) --disk $(4) $(3)
+
+# One thread a test process: with more, processes on the same cores only wait for each other.
+pytest = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 DGLBACKEND=pytorch $(1)/bin/python -m pytest -n $(JOBS) -q $(PYTEST_FLAGS)
+
+.PHONY: help demo test test-latest lint format docs bench gpu-check setup setup-latest clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/$(READY)  ## Train, compare, report and run MD on the embedded ethanol frames (no download)
+	$(VENV)/bin/python -m ndem_zoo.demo $(DEMO_FLAGS)
+
+test: $(VENV)/$(READY)  ## Run all tests in the full stack (torch 2.4.1)
+	$(call pytest,$(VENV))
+
+test-latest: $(VENV_LATEST)/$(READY)  ## Run the core tests with the newest torch (2.13.0)
+	$(call pytest,$(VENV_LATEST)) -m "not schnetpack"
+
+lint: $(VENV_LINT)/$(READY)  ## Check style and format
+	$(VENV_LINT)/bin/ruff check .
+	$(VENV_LINT)/bin/ruff format --check .
+
+format: $(VENV_LINT)/$(READY)  ## Mend what can be mended of style and format
+	$(VENV_LINT)/bin/ruff check --fix .
+	$(VENV_LINT)/bin/ruff format .
+
+docs: $(VENV)/$(READY)  ## Build the documentation; a warning is an error
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+# Benchmarks are the scripts benchmarks/<group>/bench_*.py; each writes its JSON and table beside itself.
+bench: $(VENV)/$(READY)  ## Run every benchmark (hours); one of them: make bench BENCH=benchmarks/speed/bench_step.py
+	@set -- $(or $(BENCH),$(sort $(wildcard benchmarks/*/bench_*.py))); \
+	test $$# -gt 0 || { echo "there is no benchmarks/*/bench_*.py" >&2; exit 1; }; \
+	for script; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
+
+# With GPU_PYTHON=python the check uses an environment of yours instead of making one.
+gpu-check: $(if $(GPU_PYTHON),,$(VENV)/$(READY))  ## Run the tests and the CPU/GPU comparison on a CUDA device
+	$(or $(GPU_PYTHON),$(VENV)/bin/python) -m benchmarks.gpu_check
+
+setup: $(VENV)/$(READY)  ## Make the environment of demo, test and docs only
+setup-latest: $(VENV_LATEST)/$(READY)  ## Make the environment of test-latest only
+
+$(VENV)/$(READY): setup.py $(FULL) scripts/setup_env.py
+	$(call set-up,$(VENV),$(FULL),'$(FULL_EXTRAS)',10)
+
+$(VENV_LATEST)/$(READY): setup.py $(LATEST) scripts/setup_env.py
+	$(call set-up,$(VENV_LATEST),$(LATEST),'$(LATEST_EXTRAS)' torchmd-net 'setuptools>=82',4)
+
+$(VENV_LINT)/$(READY): $(FULL) scripts/setup_env.py
+	$(call set-up,$(VENV_LINT),$(FULL),ruff,0.1)
+
+clean:  ## Remove environments, runs, caches and built pages
+	rm -rf .venv .venv-latest .venv-lint .venv*.log .venv*.lock runs build dist *.egg-info docs/_build docs/jupyter_execute
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

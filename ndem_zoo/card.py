@@ -1,0 +1,40 @@
+"""The model card: what a saved model is, in words and numbers, for whoever finds the folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str, float]]) -> str:
+    """Markdown text for ``card.md``.
+
+    Parameters
+    ----------
+    config
+        Content of ``config.json``.
+    n_parameters
+        Weights of the potential.
+    history
+        Rows of the training history.
+    """
+    data, resolved = config["training_data"], config["resolved"]
+    lines = [
+        f"# {config['model']}",
+        "",
+        f"Written by ndem_zoo {config['ndem_zoo']}. Load it with `ndem_zoo.{config['model']}.load(folder)`.",
+        "",
+        f"- Backbone: {resolved['backbone']['name']}, {n_parameters:,} parameters",
+        f"- Objective: {resolved['objective']['name']}, weight {resolved['objective']['weight']}",
+        f"- Forces: {resolved['forces']}; energies in eV, forces in eV/Å, positions in Å",
+        f"- Trained on: {data['name'] or 'unnamed data'}, {data['n_train']} structures, {data['n_valid']} for validation",
+        f"- Hash of the training structures: {data['split_hash']}",
+        f"- Elements: {', '.join(config['reference'])}",
+        "",
+        "Reference energies (eV): " + ", ".join(f"{k} {v:.6f}" for k, v in config["reference"].items()),
+    ]
+    judged = [row for row in history if "valid_loss" in row]
+    if judged:
+        best = min(judged, key=lambda row: row["valid_loss"])
+        errors = ", ".join(f"{k} {best[k]:.6g}" for k in ("valid_energy_mae", "valid_forces_mae") if k in best)
+        lines += ["", f"Best validation (step {int(best['step'])} of {int(history[-1]['step'])}): {errors} (eV, eV/Å)"]
+    return "\n".join(lines) + "\n"

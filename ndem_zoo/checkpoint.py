@@ -1,0 +1,179 @@
+"""Tensors and numbers on disk, without pickle: safetensors and JSON, written so that no half-written file is ever read.
+
+A folder is written under a temporary name beside its place, flushed to the disk, and renamed: it is there whole, or it
+is not there. Reading never executes code. What the tensors mean is known to the callers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ndem_zoo.errors import FileFormatError
+
+_CHECKPOINT = re.compile(r"step-(\d{10})")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A new folder to write into; it takes the name `path` only when the block ends without an error.
+
+    A folder that had the name before is replaced; should the process die in between, its content is still there under
+    the name ``<path>.old``.
+
+    Raises
+    ------
+    FileExistsError
+        If `path` is a file.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise FileExistsError(f"{path} is a file; a folder is to be written under this name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        _sync(temporary)
+        old = path.with_name(path.name + ".old")
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        os.replace(temporary, path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors; shared memory is written once for each name."""
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, str(path))
+
+
+def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read what `save_tensors` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    FileFormatError
+        If the file is truncated or not a safetensors file.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return load_file(str(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileFormatError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def save_json(path: str | os.PathLike, value: Any) -> None:
+    """Write numbers, strings, lists and dicts; floats come back bit for bit.
+
+    Raises
+    ------
+    TypeError
+        If something in `value` has no JSON form.
+    """
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def load_json(path: str | os.PathLike) -> Any:
+    """Read what `save_json` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    FileFormatError
+        If it is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path} is damaged or not JSON: {error}") from error
+
+
+def checkpoint_path(directory: str | os.PathLike, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return Path(directory) / f"step-{step:010d}"
+
+
+def checkpoints(directory: str | os.PathLike) -> list[Path]:
+    """All checkpoints of a run, newest first; half-written ones have other names."""
+    folder = Path(directory)
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if p.is_dir() and _CHECKPOINT.fullmatch(p.name)), reverse=True)
+
+
+def remove_old_checkpoints(directory: str | os.PathLike, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for path in checkpoints(directory)[keep:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(directory: str | os.PathLike) -> None:
+    """Delete what a killed process left half-written: the temporary folders of `atomic_folder`."""
+    for path in Path(directory).glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def flatten_optimizer(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state, named ``<parameter number>.<name>``."""
+    return {
+        f"{number}.{name}": torch.as_tensor(value)
+        for number, values in state["state"].items()
+        for name, value in values.items()
+    }
+
+
+def unflatten_optimizer(tensors: Mapping[str, Tensor], like: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer state with the groups of `like` and the tensors of `flatten_optimizer`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    return {"state": state, "param_groups": like["param_groups"]}
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

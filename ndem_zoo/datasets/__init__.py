@@ -1,0 +1,69 @@
+"""Datasets: loaders that read raw files into `MolecularDataset`, in eV and Å with float64 labels.
+
+`base.py` holds the dataset, `files.py` downloads and checksums, `checks.py` what must stop a training, `summary.py`
+diagnostics; the loaders are one file each. Names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ndem_zoo.datasets.base import MolecularDataset, as_dataset, split_indices
+    from ndem_zoo.datasets.checks import check_structures, check_targets
+    from ndem_zoo.datasets.extxyz import load_extxyz, read_extxyz, write_extxyz
+    from ndem_zoo.datasets.files import DatasetCard, RemoteFile, fetch
+    from ndem_zoo.datasets.md17 import load_md17, read_md17
+    from ndem_zoo.datasets.sample import load_sample, read_sample
+    from ndem_zoo.datasets.summary import Summary, virial_temperature
+
+_HOME = {
+    "DatasetCard": "files",
+    "MolecularDataset": "base",
+    "RemoteFile": "files",
+    "Summary": "summary",
+    "as_dataset": "base",
+    "check_structures": "checks",
+    "check_targets": "checks",
+    "fetch": "files",
+    "load_extxyz": "extxyz",
+    "load_md17": "md17",
+    "load_sample": "sample",
+    "read_extxyz": "extxyz",
+    "read_md17": "md17",
+    "read_sample": "sample",
+    "split_indices": "base",
+    "virial_temperature": "summary",
+    "write_extxyz": "extxyz",
+}
+
+__all__ = [
+    "DatasetCard",
+    "MolecularDataset",
+    "RemoteFile",
+    "Summary",
+    "as_dataset",
+    "check_structures",
+    "check_targets",
+    "fetch",
+    "load_extxyz",
+    "load_md17",
+    "load_sample",
+    "read_extxyz",
+    "read_md17",
+    "read_sample",
+    "split_indices",
+    "virial_temperature",
+    "write_extxyz",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

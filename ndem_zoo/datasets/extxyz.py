@@ -1,0 +1,186 @@
+"""Any extended XYZ file, eV and Å, as a dataset; and datasets and predictions as extended XYZ.
+
+Reading goes through ASE, which also opens .gz, .bz2 and .xz. Where labels are looked for is said in
+`featurizers.base.LABEL_KEYS`. Files are written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ndem_zoo.datasets.base import MolecularDataset, as_dataset
+from ndem_zoo.errors import DataError, FileFormatError
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+
+def load_extxyz(
+    path: str | os.PathLike,
+    n_train: int | float = 0.8,
+    n_valid: int | float = 0.1,
+    seed: int = 1,
+    *,
+    n_test: int | float | None = None,
+    energy_key: str | None = None,
+    forces_key: str | None = None,
+    incomplete: str = "error",
+) -> tuple[list[str], tuple[MolecularDataset, MolecularDataset, MolecularDataset], list]:
+    """Load an extended XYZ file in eV and Å, split into training, validation and test data.
+
+    Parameters
+    ----------
+    path
+        The file; .gz, .bz2 and .xz are opened as well.
+    n_train, n_valid, n_test, seed
+        See `MolecularDataset.split`. Choice: 80 % and 10 %, the rest for testing.
+    energy_key, forces_key, incomplete
+        See `MolecularDataset.from_atoms`.
+
+    Returns
+    -------
+    tasks : list of str
+        Names of the labels that the file has.
+    datasets : (train, valid, test)
+        Three `MolecularDataset`.
+    transformers : list
+        Empty: nothing is normalized.
+
+    Raises
+    ------
+    FileFormatError
+        If the file is not extended XYZ, or is cut off; names the structure.
+    DataError
+        If labels are ambiguous or partly missing, or there are too few structures.
+    """
+    whole = read_extxyz(path, energy_key=energy_key, forces_key=forces_key, incomplete=incomplete)
+    return whole.tasks, whole.split(n_train, n_valid, seed, n_test), []
+
+
+def read_extxyz(
+    path: str | os.PathLike,
+    *,
+    energy_key: str | None = None,
+    forces_key: str | None = None,
+    incomplete: str = "error",
+) -> MolecularDataset:
+    """Read all structures of an extended XYZ file into one dataset; parameters and errors as in `load_extxyz`."""
+    try:
+        return MolecularDataset.from_atoms(
+            _read_frames(path),
+            energy_key=energy_key,
+            forces_key=forces_key,
+            incomplete=incomplete,
+            name=Path(path).name,
+        )
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _read_frames(path: str | os.PathLike) -> list[Atoms]:
+    """All frames of a file; whatever ASE stumbles over becomes a FileFormatError that names the frame."""
+    from ase.io import iread
+
+    frames: list[Atoms] = []
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        for atoms in iread(os.fspath(path), index=":", format="extxyz"):
+            frames.append(atoms)
+    # Pitfall: ASE's reader raises whatever its parser trips over (IndexError, KeyError, StopIteration, ...).
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FileFormatError(f"{path}: structure {len(frames)} cannot be read as extended XYZ ({reason})") from error
+    if not frames:
+        raise FileFormatError(f"{path} holds no structures")
+    return frames
+
+
+def write_extxyz(
+    path: str | os.PathLike, data: Any, predictions: Mapping[str, np.ndarray | Sequence[np.ndarray]] | None = None
+) -> None:
+    """Write structures with labels, or with predictions beside their labels, as extended XYZ.
+
+    Without predictions, ``energy`` and ``forces`` are the labels. With predictions, they are the predicted values.
+    ``REF_energy`` and ``REF_forces`` always are the labels, where there are any.
+
+    Parameters
+    ----------
+    path
+        The file; replaced as a whole, or not at all.
+    data
+        A dataset, or anything that `as_dataset` takes.
+    predictions
+        What a model's `predict` returned for `data`: ``"energy"`` (S,) in eV and ``"forces"``, (S, n, 3) or a list of
+        (n_i, 3), in eV/Å.
+
+    Raises
+    ------
+    DataError
+        If predictions do not fit the structures.
+
+    Notes
+    -----
+    ASE writes positions and forces with 8 decimals. To read the labels back from a file with predictions, pass
+    ``energy_key="REF_energy", forces_key="REF_forces"``.
+    """
+    dataset = as_dataset(data)
+    frames = [_frame(dataset, i, predictions) for i in range(len(dataset))]
+    if not frames:
+        raise DataError("there are no structures to write; needed is one or more")
+    _write_atomically(Path(path), frames)
+
+
+def _frame(dataset: MolecularDataset, index: int, predictions: Mapping[str, Any] | None) -> Atoms:
+    """One structure as it is written."""
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    atoms = dataset.atoms(index)
+    labels = dict(atoms.calc.results) if atoms.calc is not None else {}
+    if "energy" in labels:
+        atoms.info["REF_energy"] = float(labels["energy"])
+    if "forces" in labels:
+        atoms.arrays["REF_forces"] = np.array(labels["forces"])
+    if predictions is not None:
+        predicted = {name: _prediction(predictions, name, index, dataset) for name in ("energy", "forces")}
+        predicted = {name: value for name, value in predicted.items() if value is not None}
+        atoms.calc = SinglePointCalculator(atoms, **predicted) if predicted else None
+    return atoms
+
+
+def _prediction(predictions: Mapping[str, Any], name: str, index: int, dataset: MolecularDataset) -> Any:
+    """Predicted energy or forces of one structure; None if they were not predicted."""
+    values = predictions.get(name)
+    if values is None:
+        return None
+    if len(values) != len(dataset):
+        raise DataError(f"predictions[{name!r}] has {len(values)} entries; there are {len(dataset)} structures")
+    if name == "energy":
+        return float(np.reshape(values[index], ()))
+    n = int(dataset.counts[index])
+    forces = np.asarray(values[index], dtype=np.float64)
+    if forces.shape != (n, 3):
+        raise DataError(f"structure {index}: predicted forces have shape {forces.shape}; needed is ({n}, 3)")
+    return forces
+
+
+def _write_atomically(path: Path, frames: list[Atoms]) -> None:
+    """Write under a temporary name in the same folder, flush to the disk, rename."""
+    from ase.io import write
+
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            write(stream, frames, format="extxyz")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,471 @@
+"""Structures as plain tensors (`Batch`), and the way to and from DGL graphs.
+
+`Batch` is what backbones, heads and objectives see: atoms of all structures in one row, edges between them, on one
+device. This is the only module that knows the field names of a `DGLGraph` and how to import DGL. What the numbers mean
+(energies, units, reference energies) is not known here; neighbor lists of single structures come from `featurizers`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+import os
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ndem_zoo.errors import DataError
+
+if TYPE_CHECKING:
+    from dgl import DGLGraph
+
+#: Choice: up to this many atoms a free molecule gets all its pairs as edges, so that no neighbor list is ever rebuilt.
+ALL_PAIRS_UP_TO = 32
+
+#: Targets and extras with one row per atom; everything else has one row per structure.
+PER_ATOM = frozenset({"forces"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Structures side by side: the only input of backbones, heads and objectives.
+
+    Attributes
+    ----------
+    z : (N,) int64
+        Atomic numbers.
+    pos : (N, 3)
+        Positions in Å.
+    src, dst : (E,) int64
+        Edges from neighbor j = `src` to center i = `dst`; no self-loops.
+    shift : (E, 3)
+        Cartesian image shift of the neighbor in Å; zeros without periodic boundaries.
+    system : (N,) int64
+        Structure of each atom, ascending.
+    n_systems : int
+        Number of structures S.
+    cutoff : float
+        Radius in Å that the edges were built with, skin included; ``inf`` when all pairs are edges.
+    cell : (S, 3, 3)
+        Cell vectors as rows in Å; zeros for a structure that is not periodic.
+    fixed : (N,) bool
+        Atoms that must not move.
+    targets, extras : mapping of tensors
+        Labels, and whatever an objective needs besides; one row per atom or per structure. Labels stay float64.
+    """
+
+    z: Int[Tensor, " N"]
+    pos: Float[Tensor, "N 3"]
+    src: Int[Tensor, " E"]
+    dst: Int[Tensor, " E"]
+    shift: Float[Tensor, "E 3"]
+    system: Int[Tensor, " N"]
+    n_systems: int
+    cutoff: float
+    cell: Float[Tensor, "S 3 3"]
+    fixed: Bool[Tensor, " N"]
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def vectors(self) -> Float[Tensor, "E 3"]:
+        """Vectors r_ij = pos[src] + shift - pos[dst] in Å, from the center i to the neighbor j."""
+        return self.pos.index_select(0, self.src) + self.shift - self.pos.index_select(0, self.dst)
+
+    def replace(self, **changes: Any) -> Batch:
+        """A copy with some fields replaced; the tensors that stay are shared."""
+        return replace(self, **changes)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
+        """A copy on `device` with the geometry in `dtype`; labels keep their dtype (rule: float64 until centered)."""
+
+        def move(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+            return tensor.to(device=device, dtype=dtype, non_blocking=True)
+
+        return self.replace(
+            **{name: move(getattr(self, name), dtype) for name in ("pos", "shift", "cell")},
+            **{name: move(getattr(self, name)) for name in ("z", "src", "dst", "system", "fixed")},
+            targets={name: move(value) for name, value in self.targets.items()},
+            extras={name: move(value) for name, value in self.extras.items()},
+        )
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory, from which a GPU copies without waiting."""
+        tensors = ("z", "pos", "src", "dst", "shift", "system", "cell", "fixed")
+        return self.replace(
+            **{name: getattr(self, name).pin_memory() for name in tensors},
+            targets={name: value.pin_memory() for name, value in self.targets.items()},
+            extras={name: value.pin_memory() for name, value in self.extras.items()},
+        )
+
+    @property
+    def n_atoms(self) -> Int[Tensor, " S"]:
+        """Number of atoms of each structure, on the batch's device."""
+        return torch.zeros(self.n_systems, dtype=torch.long, device=self.z.device).index_add_(
+            0, self.system, torch.ones_like(self.system)
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- sums
+
+
+def sum_over_neighbors(values: Tensor, batch: Batch) -> Tensor:
+    """Sum edge values (E, ...) over the neighbors of each center: (N, ...)."""
+    return sum_by_index(values, batch.dst, batch.z.shape[0])
+
+
+def sum_over_atoms(values: Tensor, batch: Batch) -> Tensor:
+    """Sum atom values (N, ...) over each structure: (S, ...)."""
+    return sum_by_index(values, batch.system, batch.n_systems)
+
+
+def mean_over_atoms(values: Tensor, batch: Batch) -> Tensor:
+    """Average atom values (N, ...) over each structure: (S, ...)."""
+    counts = batch.n_atoms.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
+    return sum_over_atoms(values, batch) / counts
+
+
+def sum_by_index(values: Tensor, index: Int[Tensor, " E"], size: int) -> Tensor:
+    """Add the rows of `values` that share an index: (size, ...)."""
+    return values.new_zeros((size, *values.shape[1:])).index_add(0, index, values)
+
+
+# -------------------------------------------------------------------------------------------------------------- edges
+
+
+@functools.lru_cache(maxsize=256)
+def _pairs_of(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """All ordered pairs of n atoms without self-pairs, sorted by center: (src, dst)."""
+    dst, src = np.divmod(np.arange(n * n), n)
+    keep = src != dst
+    return src[keep], dst[keep]
+
+
+def all_pairs(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """All ordered pairs within structures of `counts` atoms: (src, dst), each (E,) int64, sorted by center."""
+    counts = np.asarray(counts)
+    starts = np.cumsum(counts) - counts
+    if len(counts) and (counts == counts[0]).all():
+        src, dst = _pairs_of(int(counts[0]))
+        return (src + starts[:, None]).reshape(-1), (dst + starts[:, None]).reshape(-1)
+    pairs = [_pairs_of(int(n)) for n in counts]
+    offsets = np.repeat(starts, [len(src) for src, _ in pairs])
+    return (np.concatenate([src for src, _ in pairs]) + offsets, np.concatenate([dst for _, dst in pairs]) + offsets)
+
+
+def neighbor_list(
+    pos: np.ndarray, cutoff: float, cell: np.ndarray | None = None, pbc: Sequence[bool] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All pairs of one structure that are closer than `cutoff`, periodic images included.
+
+    Parameters
+    ----------
+    pos : (n, 3)
+        Positions in Å.
+    cutoff
+        Radius in Å.
+    cell : (3, 3), optional
+        Cell vectors as rows in Å.
+    pbc : three booleans, optional
+        Which cell vectors are periodic.
+
+    Returns
+    -------
+    src, dst : (E,) int64
+        Neighbor and center, sorted by center.
+    shift : (E, 3) float64
+        Cartesian image shift of the neighbor in Å.
+    """
+    from ase.geometry import complete_cell
+    from vesin import NeighborList
+
+    pbc = np.zeros(3, dtype=bool) if pbc is None else np.asarray(pbc, dtype=bool)
+    # Directions that are not periodic may have no cell vector; the search wants a box of full rank all the same.
+    box = np.zeros((3, 3)) if cell is None or not pbc.any() else complete_cell(np.where(pbc[:, None], cell, 0.0))
+    calculator = NeighborList(cutoff=float(cutoff), full_list=True, sorted=True)
+    # Pitfall: vesin wants points and box of one dtype, and returns unsigned indices.
+    center, neighbor, image = calculator.compute(
+        points=np.ascontiguousarray(pos, dtype=np.float64), box=box, periodic=pbc, quantities="ijS"
+    )
+    shift = image.astype(np.float64) @ box if pbc.any() else np.zeros((len(center), 3))
+    return neighbor.astype(np.int64), center.astype(np.int64), shift
+
+
+def edges_of(
+    pos: np.ndarray, counts: np.ndarray, cutoff: float, cell: np.ndarray | None = None, pbc: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float]:
+    """Edges for structures side by side: all pairs where that is cheap, neighbor lists otherwise.
+
+    Parameters
+    ----------
+    pos : (N, 3)
+        Positions in Å.
+    counts : (S,)
+        Atoms of each structure.
+    cutoff
+        Radius in Å of the neighbor lists.
+    cell : (S, 3, 3), optional
+        Cell vectors as rows in Å.
+    pbc : (S, 3), optional
+        Which cell vectors are periodic.
+
+    Returns
+    -------
+    src, dst : (E,) int64
+        Neighbor and center.
+    shift : (E, 3) float64 or None
+        Image shifts in Å; None when all are zero.
+    radius : float
+        What the edges are complete up to, in Å: ``inf`` for all pairs.
+    """
+    periodic = pbc is not None and bool(np.any(pbc))
+    if not periodic and len(counts) and counts.max() <= ALL_PAIRS_UP_TO:
+        return *all_pairs(counts), None, math.inf
+    stops = np.cumsum(counts)
+    found = []
+    for i, (start, stop) in enumerate(zip(stops - counts, stops, strict=True)):
+        box, flags = (None, None) if pbc is None or cell is None else (cell[i], pbc[i])
+        src, dst, shift = neighbor_list(pos[start:stop], cutoff, box, flags)
+        found.append((src + start, dst + start, shift))
+    if not found:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), None, float(cutoff)
+    src, dst, shift = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return src, dst, shift if periodic else None, float(cutoff)
+
+
+def rebuild_edges(batch: Batch, cutoff: float, pos: Float[Tensor, "N 3"] | None = None) -> Batch:
+    """`batch` with fresh edges up to `cutoff` Å, for atoms at `pos` (default: where they are)."""
+    pos = batch.pos if pos is None else pos
+    counts = batch.n_atoms.cpu().numpy()
+    cell = batch.cell.detach().cpu().double().numpy()
+    # Pitfall: a Batch knows cells, not flags; a row of zeros means that this direction is not periodic.
+    pbc = (cell != 0).any(axis=-1)
+    src, dst, shift, radius = edges_of(pos.detach().cpu().double().numpy(), counts, cutoff, cell, pbc)
+    device = pos.device
+    return batch.replace(
+        pos=pos,
+        src=torch.from_numpy(src).to(device),
+        dst=torch.from_numpy(dst).to(device),
+        shift=pos.new_zeros((len(src), 3)) if shift is None else torch.from_numpy(shift).to(pos),
+        cutoff=radius,
+    )
+
+
+def displace(batch: Batch, epsilon: Float[Tensor, "N 3"], cutoff: float) -> Batch:
+    """Move the atoms by `epsilon` Å, with edges that are complete up to `cutoff` afterwards.
+
+    The edges are kept when they cannot have become incomplete: always when they are all pairs (no device
+    synchronization), or when the radius they were built with exceeds `cutoff` by twice the largest displacement.
+    """
+    moved = batch.replace(pos=batch.pos + epsilon)
+    if math.isinf(batch.cutoff):
+        return moved
+    # Pitfall: reading the largest displacement waits for a GPU; unavoidable where edges depend on positions.
+    if batch.cutoff >= cutoff + 2 * float(epsilon.detach().norm(dim=-1).max()):
+        return moved
+    return rebuild_edges(moved, cutoff)
+
+
+def make_batch(
+    z: np.ndarray,
+    pos: np.ndarray,
+    counts: np.ndarray,
+    cutoff: float,
+    *,
+    cell: np.ndarray | None = None,
+    pbc: np.ndarray | None = None,
+    fixed: np.ndarray | None = None,
+    targets: Mapping[str, np.ndarray] | None = None,
+    extras: Mapping[str, np.ndarray] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
+    """Assemble a `Batch` on the CPU from columns of numbers.
+
+    Parameters
+    ----------
+    z : (N,)
+        Atomic numbers of all structures, one after the other.
+    pos : (N, 3)
+        Positions in Å.
+    counts : (S,)
+        Atoms of each structure.
+    cutoff
+        Radius in Å up to which edges must be complete.
+    cell, pbc : (S, 3, 3) and (S, 3), optional
+        Cells as rows in Å, and which of the rows are periodic.
+    fixed : (N,) bool, optional
+        Atoms that must not move.
+    targets, extras
+        Columns with one row per atom or per structure; kept in their own dtype.
+    dtype
+        Of the geometry.
+    """
+    counts = np.asarray(counts, dtype=np.int64)
+    src, dst, shift, radius = edges_of(pos, counts, cutoff, cell, pbc)
+    rows = np.zeros((len(counts), 3, 3)) if cell is None or pbc is None else np.where(pbc[:, :, None], cell, 0.0)
+    return Batch(
+        z=torch.as_tensor(np.asarray(z, dtype=np.int64)),
+        pos=torch.as_tensor(np.asarray(pos), dtype=dtype),
+        src=torch.from_numpy(src),
+        dst=torch.from_numpy(dst),
+        shift=torch.zeros((len(src), 3), dtype=dtype) if shift is None else torch.as_tensor(shift, dtype=dtype),
+        system=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+        n_systems=len(counts),
+        cutoff=radius,
+        cell=torch.as_tensor(rows, dtype=dtype),
+        fixed=torch.zeros(len(z), dtype=torch.bool) if fixed is None else torch.from_numpy(np.array(fixed, dtype=bool)),
+        targets={name: torch.from_numpy(np.array(value)) for name, value in (targets or {}).items()},
+        extras={name: torch.from_numpy(np.array(value)) for name, value in (extras or {}).items()},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- DGL
+
+
+class _NoGraphBolt(types.ModuleType):
+    """Stands in for `dgl.graphbolt`, the sampler for giant graphs, where its library does not fit the installed torch."""
+
+    __path__: list[str] = []  # looks like a package, so that imports of its submodules fail with a clear error
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(f"dgl.graphbolt.{name} is not available: this DGL has no GraphBolt for the installed torch")
+
+
+def _graphbolt_fits(folder: str) -> bool:
+    """Whether the GraphBolt in `folder` can be imported beside the installed torch."""
+    library = f"libgraphbolt_pytorch_{torch.__version__.split('+')[0]}.so"
+    if not os.path.exists(os.path.join(folder, library)):
+        return False
+    try:
+        return importlib.util.find_spec("torchdata.datapipes") is not None
+    except ImportError:  # torchdata itself is absent
+        return False
+
+
+def import_dgl() -> types.ModuleType:
+    """Import DGL, without the parts of it that clash with newer versions of torch.
+
+    Of DGL 2, only GraphBolt is bound to one version of torch, and ``import dgl`` imports it; a stand-in under its name
+    lets the rest of DGL be used. DGL 1.1.3 has no GraphBolt and is left alone.
+
+    Raises
+    ------
+    ImportError
+        If DGL is not installed; names the extra.
+    """
+    if "dgl" in sys.modules:
+        return sys.modules["dgl"]
+    spec = importlib.util.find_spec("dgl")
+    if spec is None or spec.origin is None:
+        raise ImportError("DGL is not installed: pip install 'ndem_zoo[dgl]'")
+    os.environ.setdefault("DGLBACKEND", "pytorch")  # otherwise DGL writes ~/.dgl/config.json
+    folder = os.path.join(os.path.dirname(spec.origin), "graphbolt")
+    stand_in = os.path.isdir(folder) and not _graphbolt_fits(folder)
+    if stand_in:
+        sys.modules["dgl.graphbolt"] = _NoGraphBolt("dgl.graphbolt")
+    try:
+        return importlib.import_module("dgl")
+    except BaseException:
+        if stand_in:
+            sys.modules.pop("dgl.graphbolt", None)
+        raise
+
+
+def is_dgl_graph(value: Any) -> bool:
+    """Whether `value` is a DGLGraph, without importing DGL for it."""
+    dgl = sys.modules.get("dgl")
+    return dgl is not None and isinstance(value, dgl.DGLGraph)
+
+
+def to_dgl(
+    z: np.ndarray,
+    pos: np.ndarray,
+    src: np.ndarray,
+    dst: np.ndarray,
+    shift: np.ndarray,
+    *,
+    forces: np.ndarray | None = None,
+    energy: float | None = None,
+    cell: np.ndarray | None = None,
+    pbc: Sequence[bool] | None = None,
+) -> DGLGraph:
+    """One structure as a DGLGraph on the CPU.
+
+    Node data are ``Z`` (n,), ``R`` (n, 3) in Å and, where known, ``F`` (n, 3) in eV/Å; edge data ``shift`` (E, 3) in Å.
+    DGL has no data per graph, and only node and edge data survive batching, pickling and DeepChem's disk datasets:
+    ``energy`` (n,) is the *total* energy of the structure in eV, repeated on each of its atoms, and likewise ``cell``
+    (n, 3, 3) in Å and ``pbc`` (n, 3) of a periodic structure. All floats are float64.
+    """
+    dgl = import_dgl()
+    n = len(z)
+    graph = dgl.graph((torch.as_tensor(src), torch.as_tensor(dst)), num_nodes=n)
+    graph.ndata["Z"] = torch.as_tensor(np.asarray(z, dtype=np.int64))
+    graph.ndata["R"] = torch.as_tensor(np.array(pos, dtype=np.float64))
+    graph.edata["shift"] = torch.as_tensor(np.asarray(shift, dtype=np.float64))
+    if forces is not None:
+        graph.ndata["F"] = torch.as_tensor(np.array(forces, dtype=np.float64))
+    if energy is not None:
+        graph.ndata["energy"] = torch.full((n,), float(energy), dtype=torch.float64)
+    if cell is not None and pbc is not None and np.any(pbc):
+        graph.ndata["cell"] = torch.as_tensor(np.array(cell, dtype=np.float64)).expand(n, 3, 3).contiguous()
+        graph.ndata["pbc"] = torch.as_tensor(np.array(pbc, dtype=bool)).expand(n, 3).contiguous()
+    return graph
+
+
+def from_dgl(graphs: DGLGraph | Sequence[DGLGraph], cutoff: float, dtype: torch.dtype = torch.float32) -> Batch:
+    """One or several DGLGraphs as a `Batch`, with the edges that the graphs have.
+
+    Parameters
+    ----------
+    graphs
+        A graph, a batched graph, or a sequence of graphs with the fields of `to_dgl`.
+    cutoff
+        Radius in Å up to which their edges are complete; a DGLGraph does not know it.
+    dtype
+        Of the geometry.
+
+    Raises
+    ------
+    DataError
+        If a graph lacks ``Z`` or ``R``, or has self-loops, which backbones add themselves.
+    """
+    dgl = import_dgl()
+    graph = graphs if isinstance(graphs, dgl.DGLGraph) else dgl.batch(list(graphs))
+    for name in ("Z", "R"):
+        if name not in graph.ndata:
+            raise DataError(f"the graph has no ndata['{name}']; it has {sorted(graph.ndata)}")
+    src, dst = graph.edges()
+    shift = graph.edata.get("shift", torch.zeros(len(src), 3, device=src.device)).to(dtype)
+    if bool(((src == dst) & (shift == 0).all(-1)).any()):
+        raise DataError("the graph has self-loops; remove them with dgl.remove_self_loop, the models add their own")
+    counts = graph.batch_num_nodes()
+    first = torch.cumsum(counts, 0) - counts
+    cell = torch.zeros(len(counts), 3, 3, dtype=dtype)
+    if "cell" in graph.ndata:
+        cell = (graph.ndata["cell"] * graph.ndata["pbc"][:, :, None]).index_select(0, first).to(dtype)
+    targets = {"forces": graph.ndata["F"]} if "F" in graph.ndata else {}
+    if "energy" in graph.ndata:
+        targets["energy"] = graph.ndata["energy"].index_select(0, first)
+    return Batch(
+        z=graph.ndata["Z"].long(),
+        pos=graph.ndata["R"].to(dtype),
+        src=src.long(),
+        dst=dst.long(),
+        shift=shift,
+        system=torch.repeat_interleave(torch.arange(len(counts), device=src.device), counts),
+        n_systems=len(counts),
+        cutoff=float(cutoff),
+        cell=cell,
+        fixed=torch.zeros(graph.num_nodes(), dtype=torch.bool, device=src.device),
+        targets=targets,
+    )

@@ -1,0 +1,1 @@
+"""Backbones, potentials and the estimators that train them."""

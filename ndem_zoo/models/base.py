@@ -1,0 +1,90 @@
+"""What a backbone and a head are: the contract that every network of the package fulfils.
+
+A backbone turns a `Batch` into features of atoms and offers heads that read them. It does not know targets, noise or
+objectives. `models/potential.py` makes energies and forces of it; `models/estimator.py` trains it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ndem_zoo.errors import ConfigError
+from ndem_zoo.graph import Batch
+
+
+class Features(NamedTuple):
+    """Features of the atoms: what a backbone returns and heads read.
+
+    Attributes
+    ----------
+    scalars : (N, C)
+        Invariant features.
+    vectors : (N, 3, C)
+        Features that rotate with the structure.
+    tensors : (N, K, C) or None
+        Spherical-tensor features with K = (L + 1)², where the backbone has them.
+    """
+
+    scalars: Float[Tensor, "N C"]
+    vectors: Float[Tensor, "N 3 C"]
+    tensors: Float[Tensor, "N K C"] | None = None
+
+
+class Head(nn.Module, ABC):
+    """Turns features into one number or one vector per atom."""
+
+    @abstractmethod
+    def forward(self, features: Features, batch: Batch) -> Tensor:
+        """(N,) for a scalar head, (N, 3) for a vector head."""
+
+
+class Backbone(nn.Module, ABC):
+    """A network from structures to features of atoms.
+
+    A subclass takes only keyword options with defaults, sets `cutoff` (Å) and `tiny` (options with which the contract
+    tests build it), and must not change when edges longer than `cutoff` are added to the batch.
+    """
+
+    cutoff: float
+    tiny: ClassVar[dict[str, Any]]
+
+    @abstractmethod
+    def forward(self, batch: Batch, node_vectors: Float[Tensor, "N 3"] | None = None) -> Features:
+        """Features of all atoms.
+
+        Parameters
+        ----------
+        batch
+            Structures; edges complete up to at least `cutoff`.
+        node_vectors : (N, 3), optional
+            A vector per atom that the features may depend on (force encoding); without unit.
+        """
+
+    @abstractmethod
+    def scalar_head(self) -> Head:
+        """A new head (N,) for these features, with freshly drawn weights."""
+
+    @abstractmethod
+    def vector_head(self) -> Head:
+        """A new head (N, 3) for these features, with freshly drawn weights."""
+
+
+def options_of(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+    """All options of `cls` with their values: `given`, completed by the defaults of its constructor.
+
+    Raises
+    ------
+    ConfigError
+        If an option does not exist; lists those that do.
+    """
+    parameters = [p for p in inspect.signature(cls).parameters.values() if p.name != "self"]
+    known = {p.name: p.default for p in parameters}
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{cls.__name__} has no option {name!r}; it has {', '.join(sorted(known))}")
+    return known | given

@@ -1,0 +1,637 @@
+"""The estimator: hyper-parameters in, a trained potential out, with scikit-learn's manners.
+
+It holds no mathematics and no loop: it resolves presets, checks data, builds potential and objective, hands them to
+`training.train`, and saves and loads what came out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+
+from ndem_zoo import checkpoint as files
+from ndem_zoo import registry
+from ndem_zoo._version import __version__
+from ndem_zoo.card import model_card
+from ndem_zoo.datasets.base import MolecularDataset, as_dataset
+from ndem_zoo.datasets.checks import check_structures, check_targets
+from ndem_zoo.errors import ConfigError, DataError, FileFormatError, NotFittedError
+from ndem_zoo.inference import predict_columns
+from ndem_zoo.metrics import error_metrics
+from ndem_zoo.models.base import Backbone, options_of
+from ndem_zoo.models.potential import Potential
+from ndem_zoo.objectives.base import Objective, SupervisedLoss
+from ndem_zoo.physics import fit_reference_energies
+from ndem_zoo.presets import preset_values
+from ndem_zoo.training import TrainSettings, read_history, train, write_history
+
+#: Version of the layout of a saved model's folder.
+FORMAT = 1
+
+_SETTINGS = tuple(f.name for f in dataclasses.fields(TrainSettings))
+
+
+class NDeMModel(BaseEstimator):
+    """Force field with `fit` and `predict`.
+
+    Every keyword left at None takes the preset's value (`ndem_zoo.presets`); the constructor only stores them, and the
+    network is built by `fit`. Use a subclass, which names the backbone.
+
+    Parameters
+    ----------
+    preset : str, optional
+        Recipe: ``"md17_paper"`` (default), ``"md17_paper_1_100"``, ``"md17_fast"``.
+    objective : str
+        ``"ndem"``, ``"noisy_nodes"`` or ``"supervised"``.
+    weight : float, optional
+        Weight of the objective's auxiliary term (the paper's lambda).
+    weight_schedule : str, optional
+        ``"constant"``, ``"decay"`` or ``"warmup"``.
+    objective_options : dict, optional
+        Options of the objective: `sigma`, `ratio`, ... (`NDeMOptions`, `NoisyNodesOptions`).
+    backbone_options : dict, optional
+        Options of the backbone, such as `hidden_channels`.
+    forces : str, optional
+        ``"gradient"`` (-dE/dx), ``"direct"`` (a vector head) or ``"none"``.
+    energy_weight, force_weight : float, optional
+        Weights of the supervised terms.
+    loss : str, optional
+        ``"mse"``, ``"l1"`` or ``"smooth_l1"``, of labels divided by the scale.
+    scale : float or str, optional
+        The network's unit of energy (eV) and force (eV/Å): a number, ``"force_rms"`` (of the training forces) or
+        ``"energy_std"`` (of the training energies beyond the reference energies).
+    reference_energies : dict, optional
+        Energy in eV by chemical symbol or atomic number, such as those of isolated atoms; default: least squares fit
+        to the training energies.
+    device : str
+        ``"auto"`` (CUDA where there is one, else CPU), or any torch device.
+    precision : str
+        ``"32-true"`` or ``"64-true"``.
+    seed : int
+        Of weights, order of the data, and noise.
+    batch_size, eval_batch_size, lr, weight_decay, warmup_steps, schedule, plateau_factor, plateau_patience, min_lr, \
+clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
+        See `ndem_zoo.training.TrainSettings`.
+    progress : bool
+        Whether `fit` shows progress.
+
+    Attributes
+    ----------
+    potential_ : Potential
+        Backbone, heads, reference energies; after `fit` with the best weights.
+    objective_ : Objective
+        With its own heads.
+    history_ : list of dict
+        One row for each validation.
+    reference_ : dict
+        Reference energies in eV by chemical symbol.
+    resolved_ : dict
+        All settings after the preset was applied.
+    """
+
+    backbone_name: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        preset: str | None = None,
+        objective: str = "ndem",
+        weight: float | None = None,
+        weight_schedule: str | None = None,
+        objective_options: dict[str, Any] | None = None,
+        backbone_options: dict[str, Any] | None = None,
+        forces: str | None = None,
+        energy_weight: float | None = None,
+        force_weight: float | None = None,
+        loss: str | None = None,
+        scale: float | str | None = None,
+        reference_energies: dict[str | int, float] | None = None,
+        device: str = "auto",
+        precision: str = "32-true",
+        seed: int = 0,
+        batch_size: int | None = None,
+        eval_batch_size: int | None = None,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        warmup_steps: int | None = None,
+        schedule: str | None = None,
+        plateau_factor: float | None = None,
+        plateau_patience: int | None = None,
+        min_lr: float | None = None,
+        clip_norm: float | None = None,
+        ema_decay: float | None = None,
+        nb_epoch: int | None = None,
+        max_steps: int | None = None,
+        early_stopping: int | None = None,
+        validate_every: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.preset = preset
+        self.objective = objective
+        self.weight = weight
+        self.weight_schedule = weight_schedule
+        self.objective_options = objective_options
+        self.backbone_options = backbone_options
+        self.forces = forces
+        self.energy_weight = energy_weight
+        self.force_weight = force_weight
+        self.loss = loss
+        self.scale = scale
+        self.reference_energies = reference_energies
+        self.device = device
+        self.precision = precision
+        self.seed = seed
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.schedule = schedule
+        self.plateau_factor = plateau_factor
+        self.plateau_patience = plateau_patience
+        self.min_lr = min_lr
+        self.clip_norm = clip_norm
+        self.ema_decay = ema_decay
+        self.nb_epoch = nb_epoch
+        self.max_steps = max_steps
+        self.early_stopping = early_stopping
+        self.validate_every = validate_every
+        self.progress = progress
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def fit(
+        self,
+        dataset: Any,
+        valid: Any = None,
+        *,
+        nb_epoch: int | None = None,
+        max_steps: int | None = None,
+        max_time: float | None = None,
+        init_from: str | os.PathLike | NDeMModel | None = None,
+        checkpoint_dir: str | os.PathLike | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = False,
+        tensorboard: bool = False,
+        callback: Callable[[dict[str, float]], None] | None = None,
+    ) -> NDeMModel:
+        """Train anew.
+
+        Parameters
+        ----------
+        dataset, valid
+            Training and validation data: a `MolecularDataset`, a DeepChem dataset of DGLGraphs, a list of DGLGraphs,
+            or a list of `ase.Atoms`. Without validation data, the last weights are kept instead of the best.
+        nb_epoch, max_steps, max_time
+            Limits on passes over the data, steps and seconds; training ends with the first that is reached. Given any
+            of them, those of the constructor and preset do not hold.
+        init_from
+            A fitted or saved model whose backbone, energy and force heads are the starting point.
+        checkpoint_dir
+            Folder for ``history.csv`` and checkpoints.
+        checkpoint_every
+            Steps between checkpoints; default: only at the end.
+        resume
+            Continue the training in `checkpoint_dir`, if there is one.
+        tensorboard
+            Also write TensorBoard files into `checkpoint_dir`.
+        callback
+            Called with every row of the history.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        DataError
+            If a structure or label cannot be used; names its index. Nothing is written then.
+        ConfigError
+            If an option is not allowed.
+        TrainingError
+            If the training diverges.
+        """
+        train_set, valid_set = self._checked(dataset, valid)
+        self._build(train_set, init_from)
+        return self._train(
+            train_set,
+            valid_set,
+            {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time},
+            directory=None if checkpoint_dir is None else Path(checkpoint_dir),
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            tensorboard=tensorboard,
+            callback=callback,
+        )
+
+    def partial_fit(
+        self,
+        dataset: Any,
+        valid: Any = None,
+        *,
+        nb_epoch: int | None = None,
+        max_steps: int | None = None,
+        max_time: float | None = None,
+        callback: Callable[[dict[str, float]], None] | None = None,
+    ) -> NDeMModel:
+        """Train on from the present weights (or begin); reference energies and scale stay. See `fit`."""
+        train_set, valid_set = self._checked(dataset, valid)
+        if not hasattr(self, "potential_"):
+            self._build(train_set, None)
+        limits = {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time}
+        return self._train(train_set, valid_set, limits, callback=callback)
+
+    def _train(
+        self, train_set: MolecularDataset, valid_set: MolecularDataset | None, limits: dict[str, Any], **options: Any
+    ) -> NDeMModel:
+        """Run the loop and keep its history."""
+        values = dict(self.resolved_["settings"])
+        if any(limit is not None for limit in limits.values()):
+            values |= limits
+        history = train(
+            self.potential_,
+            self.objective_,
+            train_set,
+            valid_set,
+            TrainSettings(**values),
+            device=torch_device(self.device),
+            progress=self.progress,
+            **options,
+        )
+        self.history_ = [*getattr(self, "history_", []), *history]
+        self.training_data_ = {
+            "name": train_set.name,
+            "n_train": len(train_set),
+            "n_valid": 0 if valid_set is None else len(valid_set),
+            "split_hash": train_set.split_hash,
+        }
+        return self
+
+    def _checked(self, dataset: Any, valid: Any) -> tuple[MolecularDataset, MolecularDataset | None]:
+        """The data as columns, checked before anything is built or written."""
+        requires = self._make_objective(self._resolve()).requires
+        checked = []
+        for name, data in (("training", dataset), ("validation", valid)):
+            if data is None and name == "validation":
+                checked.append(None)
+                continue
+            columns = as_dataset(data)
+            if len(columns) == 0:
+                raise DataError(f"the {name} set is empty: it must hold at least one structure")
+            try:
+                check_structures(columns)
+                check_targets(columns, requires)
+            except DataError as error:
+                raise DataError(f"{name} set, {error}") from error
+            checked.append(columns)
+        return checked[0], checked[1]
+
+    # --------------------------------------------------------------------------------------------------- building
+
+    def _resolve(self) -> dict[str, Any]:
+        """All settings: the preset's, replaced by what was given."""
+        values = preset_values(self.preset)
+        own = {name: value for name, value in self.get_params(deep=False).items() if value is not None and name in values}
+        merged = values | own
+        backbone = merged.pop("backbone").get(self.backbone_name, {}) | (self.backbone_options or {})
+        options = merged.pop("objectives").get(self.objective, {}) | (self.objective_options or {})
+        settings = {name: merged[name] for name in _SETTINGS if name in merged}
+        settings |= {"precision": self.precision, "seed": self.seed}
+        if self.nb_epoch is not None or self.max_steps is not None:
+            settings |= {"nb_epoch": self.nb_epoch, "max_steps": self.max_steps}
+        cls = registry.lookup(registry.BACKBONES, self.backbone_name, "backbone")
+        return {
+            "settings": settings,
+            "backbone": {"name": self.backbone_name, "options": options_of(cls, backbone)},
+            "objective": {
+                "name": self.objective,
+                "options": options,
+                "weight": merged["weight"],
+                "weight_schedule": merged["weight_schedule"],
+            },
+            "supervised": {name: merged[name] for name in ("energy_weight", "force_weight", "loss")},
+            "forces": merged["forces"],
+            "scale": merged["scale"],
+        }
+
+    @staticmethod
+    def _make_backbone(resolved: dict[str, Any]) -> Backbone:
+        cls = registry.lookup(registry.BACKBONES, resolved["backbone"]["name"], "backbone")
+        return cls(**resolved["backbone"]["options"])
+
+    @staticmethod
+    def _make_objective(resolved: dict[str, Any]) -> Objective:
+        record = resolved["objective"]
+        cls = registry.lookup(registry.OBJECTIVES, record["name"], "objective")
+        supervised = SupervisedLoss(**resolved["supervised"])
+        return cls(supervised, record["weight"], record["weight_schedule"], record["options"])
+
+    def _build(self, train_set: MolecularDataset, init_from: str | os.PathLike | NDeMModel | None) -> None:
+        """Make potential and objective for these data, with weights drawn from the seed."""
+        resolved = self._resolve()
+        reference = self._reference(train_set)
+        scale = self._scale(train_set, reference, resolved["scale"])
+        with seeded(self.seed):
+            potential = Potential(
+                self._make_backbone(resolved), forces=resolved["forces"], reference=reference, scale=scale
+            )
+        objective = self._make_objective(resolved)
+        with seeded(self.seed + 1):  # own draws: the potential's weights do not depend on the objective
+            objective.build(potential, train_set)
+        if init_from is not None:
+            source = init_from if isinstance(init_from, NDeMModel) else NDeMModel.load(init_from)
+            _copy_weights(source._fitted(), potential)
+        self.resolved_ = resolved
+        self.potential_, self.objective_ = potential, objective
+        self.reference_ = _by_symbol(reference, train_set.z)
+        self.history_ = []
+
+    def _reference(self, train_set: MolecularDataset) -> np.ndarray:
+        """Reference energies in eV by atomic number: given, or fitted."""
+        present = np.unique(train_set.z)
+        if self.reference_energies is not None:
+            return _reference_from(self.reference_energies, present)
+        if "energy" not in train_set.targets:
+            return np.zeros(_reference_size())
+        return fit_reference_energies(train_set.z, train_set.ptr, train_set.targets["energy"])
+
+    @staticmethod
+    def _scale(train_set: MolecularDataset, reference: np.ndarray, wanted: float | str) -> float:
+        """The network's unit in eV."""
+        if not isinstance(wanted, str):
+            return float(wanted)
+        if wanted not in ("force_rms", "energy_std"):
+            raise ConfigError(f"scale={wanted!r}; allowed are a number in eV, 'force_rms' and 'energy_std'")
+        if wanted == "force_rms" and "forces" in train_set.targets:
+            value = float(np.sqrt(np.square(train_set.targets["forces"]).mean()))
+        elif "energy" in train_set.targets:
+            sums = np.add.reduceat(reference[train_set.z], train_set.ptr[:-1])
+            value = float(np.std(train_set.targets["energy"] - sums))
+        else:
+            value = 1.0
+        return value if value > 0 else 1.0  # a single structure has no spread
+
+    # -------------------------------------------------------------------------------------------------- prediction
+
+    def predict(self, dataset: Any) -> dict[str, Any]:
+        """Energies and forces.
+
+        Parameters
+        ----------
+        dataset
+            Structures in any form that `fit` takes, also a single DGLGraph or `ase.Atoms`; labels are not looked at.
+
+        Returns
+        -------
+        prediction : dict
+            ``"energy"``: (S,) float64 in eV. ``"forces"``, if the potential has them: (S, n, 3) in eV/Å if all
+            structures have n atoms, else a list of (n_i, 3).
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit` or `load`.
+        DataError
+            If a structure cannot be used; names its index.
+        """
+        columns, structures = self._predict_columns(dataset)
+        if "forces" in columns:
+            columns["forces"] = _per_structure(columns["forces"], structures.ptr)
+        return columns
+
+    def evaluate(self, dataset: Any, metrics: list[str] | None = None) -> dict[str, float]:
+        """Errors on labeled data.
+
+        Parameters
+        ----------
+        dataset
+            Structures with energies, forces or both.
+        metrics
+            Names to return; default all of `ndem_zoo.metrics.error_metrics`.
+
+        Raises
+        ------
+        DataError
+            If there are no labels to compare with.
+        ConfigError
+            If a metric does not exist; lists those that do.
+        """
+        columns, structures = self._predict_columns(dataset)
+        found = error_metrics(columns, structures.targets, structures.z, structures.ptr)
+        if not found:
+            raise DataError("the dataset has neither energies nor forces to compare with")
+        unknown = [name for name in metrics or [] if name not in found]
+        if unknown:
+            raise ConfigError(f"there is no metric {unknown[0]!r} here; there are {', '.join(found)}")
+        return found if metrics is None else {name: found[name] for name in metrics}
+
+    def score(self, dataset: Any, y: Any = None) -> float:
+        """Negative MAE of the force components in eV/Å (of the energies in eV where there are no forces).
+
+        `y` is there for scikit-learn, and not looked at.
+        """
+        found = self.evaluate(dataset)
+        return -found.get("forces_mae", found.get("energy_mae", np.nan))
+
+    def _predict_columns(self, dataset: Any) -> tuple[dict[str, np.ndarray], MolecularDataset]:
+        """Predictions in columns, and the structures that they are for."""
+        potential = self._fitted()
+        structures = as_dataset(dataset)
+        check_structures(structures)
+        potential.to(torch_device(self.device))
+        return predict_columns(potential, structures, self.resolved_["settings"]["eval_batch_size"]), structures
+
+    def _fitted(self) -> Potential:
+        if not hasattr(self, "potential_"):
+            raise NotFittedError(f"this {type(self).__name__} has no weights yet: call fit, or load a saved model")
+        return self.potential_
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "potential_")
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.no_validation = True
+        tags.input_tags.two_d_array = False
+        tags.target_tags.required = False
+        return tags
+
+    # --------------------------------------------------------------------------------------------------------- files
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the fitted model into a folder: ``config.json``, ``weights.safetensors``, ``history.csv``, ``card.md``.
+
+        Nothing is pickled. The folder appears whole or not at all; one that is there already is replaced if it holds a
+        model, and refused if it holds something else.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        FileExistsError
+            If `path` is a file, or a folder with other content.
+        """
+        potential, path = self._fitted(), Path(path)
+        if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+            raise FileExistsError(f"{path} exists and holds no model; nothing was written")
+        tensors = {f"potential.{name}": value for name, value in potential.state_dict().items()}
+        tensors |= {f"objective.{name}": value for name, value in self.objective_.state_dict().items()}
+        config = {
+            "format": FORMAT,
+            "ndem_zoo": __version__,
+            "model": type(self).__name__,
+            "params": _plain(self.get_params(deep=False)),
+            "resolved": _plain(self.resolved_),
+            "reference": self.reference_,
+            "training_data": self.training_data_,
+        }
+        with files.atomic_folder(path) as folder:
+            files.save_json(folder / "config.json", config)
+            files.save_tensors(folder / "weights.safetensors", tensors)
+            write_history(folder / "history.csv", self.history_)
+            files.write_text(folder / "card.md", model_card(config, potential.n_parameters, self.history_))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, device: str | None = None) -> NDeMModel:
+        """Read a model that `save` wrote; executes no code from the folder.
+
+        Parameters
+        ----------
+        path
+            The folder.
+        device
+            Replaces the saved model's `device`.
+
+        Returns
+        -------
+        model
+            Of the class that was saved; equal to the saved one bit for bit.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder or one of its files is missing.
+        FileFormatError
+            If a file is damaged, from a newer version, or of another class than `cls`.
+        """
+        path = Path(path)
+        config = files.load_json(path / "config.json")
+        try:
+            if config["format"] > FORMAT:
+                raise FileFormatError(f"{path} has format {config['format']}; this version reads up to {FORMAT}")
+            model_class = registry.lookup(registry.MODELS, config["model"], "model")
+            params, resolved = config["params"], config["resolved"]
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{path / 'config.json'} is not the description of a model: {error!r}") from error
+        if not issubclass(model_class, cls):
+            raise FileFormatError(f"{path} holds a {config['model']}, not a {cls.__name__}")
+        model = model_class(**params | ({} if device is None else {"device": device}))
+        model._restore(resolved, files.load_tensors(path / "weights.safetensors"))
+        model.reference_, model.training_data_ = config["reference"], config["training_data"]
+        model.history_ = read_history(path / "history.csv")
+        return model
+
+    def _restore(self, resolved: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Rebuild potential and objective, and fill in their weights."""
+        dtype = torch.float64 if resolved["settings"]["precision"] == "64-true" else torch.float32
+        with seeded(0):
+            potential = Potential(self._make_backbone(resolved), forces=resolved["forces"])
+            objective = self._make_objective(resolved)
+            objective.build(potential)
+        for name, module in (("potential.", potential.to(dtype)), ("objective.", objective.to(dtype))):
+            state = {key[len(name) :]: value for key, value in tensors.items() if key.startswith(name)}
+            try:
+                module.load_state_dict(state)
+            except RuntimeError as error:
+                raise FileFormatError(f"the saved weights do not fit the saved configuration: {error}") from error
+        self.resolved_, self.potential_, self.objective_ = resolved, potential.eval(), objective
+
+
+def torch_device(name: str) -> torch.device:
+    """``"auto"`` is CUDA where there is one, else the CPU.
+
+    Raises
+    ------
+    ConfigError
+        If CUDA is asked for and there is none, or the name is unknown.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r}; allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ...") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}, but torch sees no CUDA device; device='auto' would take the CPU")
+    return device
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from torch's global generator with a seed of one's own, and leave it as it was: layers know no other."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _copy_weights(source: Potential, target: Potential) -> None:
+    """Take over backbone and heads; reference energies and scale stay those of the new data."""
+    own = {"reference", "scale"}
+    state = {name: value for name, value in source.state_dict().items() if name not in own}
+    result = target.load_state_dict(state, strict=False)
+    missing = [name for name in result.missing_keys if name not in own]
+    if missing or result.unexpected_keys:
+        raise ConfigError(f"init_from has another architecture: missing {missing}, unexpected {result.unexpected_keys}")
+
+
+def _per_structure(values: np.ndarray, ptr: np.ndarray) -> np.ndarray | list[np.ndarray]:
+    """(S, n, 3) for structures of one size, else a list of (n_i, 3)."""
+    counts = np.diff(ptr)
+    if len(counts) and (counts == counts[0]).all():
+        return values.reshape(len(counts), counts[0], 3)
+    return np.split(values, ptr[1:-1]) if len(counts) else []
+
+
+def _reference_size() -> int:
+    from ndem_zoo.physics import MAX_Z
+
+    return MAX_Z + 1
+
+
+def _reference_from(given: dict[str | int, float], present: np.ndarray) -> np.ndarray:
+    """Given reference energies by atomic number; all elements of the data must be there."""
+    from ase.data import atomic_numbers, chemical_symbols
+
+    reference = np.full(_reference_size(), np.nan)
+    for key, value in given.items():
+        number = atomic_numbers.get(key) if isinstance(key, str) and not key.isdigit() else int(key)
+        if number is None or not 0 < number < len(reference):
+            raise ConfigError(f"reference_energies has {key!r}, which is no element up to Z = {len(reference) - 1}")
+        reference[number] = float(value)
+    for number in present:
+        if not np.isfinite(reference[number]):
+            raise ConfigError(f"reference_energies lacks {chemical_symbols[number]}, which the training data contain")
+    return np.nan_to_num(reference)
+
+
+def _by_symbol(reference: np.ndarray, z: np.ndarray) -> dict[str, float]:
+    from ase.data import chemical_symbols
+
+    return {chemical_symbols[number]: float(reference[number]) for number in np.unique(z)}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, strings, lists and dicts, as JSON has them."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, (np.generic, torch.Tensor)) else value

@@ -1,0 +1,318 @@
+"""TorchMD-NET's Equivariant Transformer (ET) as a backbone, and the estimator built on it.
+
+Written from the equations of P. Thölke and G. De Fabritiis, "TorchMD-NET: Equivariant Transformers for Neural Network
+based Molecular Potentials", ICLR 2022. Parameters carry the names that checkpoints of the ET family use. This is the
+reference: plain tensors, one line per equation; a faster execution plan has to agree with it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ndem_zoo.errors import ConfigError
+from ndem_zoo.graph import Batch, sum_by_index, sum_over_neighbors
+from ndem_zoo.models.base import Backbone, Features, Head
+from ndem_zoo.models.estimator import NDeMModel
+from ndem_zoo.physics import MAX_Z, safe_norm
+
+
+def cosine_cutoff(distance: Tensor, cutoff: float) -> Tensor:
+    """1/2 (cos(pi d / cutoff) + 1) inside the cutoff, 0 outside: falls from 1 to 0 with zero slope at both ends."""
+    inside = 0.5 * (torch.cos(distance * (math.pi / cutoff)) + 1.0)
+    return inside * (distance < cutoff).to(distance.dtype)
+
+
+class ExpNormalBasis(nn.Module):
+    """Radial functions phi(d) exp(-beta_k (exp(-alpha d) - mu_k)²) with alpha = 5 / cutoff.
+
+    Their centers mu_k are equidistant in exp(-d), between exp(-cutoff) and 1; beta_k = (2/K (1 - exp(-cutoff)))^-2.
+    """
+
+    def __init__(self, cutoff: float, num_rbf: int, trainable: bool) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        start = math.exp(-cutoff)
+        means = torch.linspace(start, 1.0, num_rbf)
+        betas = torch.full((num_rbf,), (2.0 / num_rbf * (1.0 - start)) ** -2)
+        for name, value in (("means", means), ("betas", betas)):
+            if trainable:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    def forward(self, distance: Float[Tensor, " E"]) -> Float[Tensor, "E K"]:
+        """Values of the K radial functions at distances in Å."""
+        decay = torch.exp(distance * (-5.0 / self.cutoff)).unsqueeze(-1)  # (E, 1)
+        return cosine_cutoff(distance, self.cutoff).unsqueeze(-1) * torch.exp(-self.betas * (decay - self.means).square())
+
+
+class NeighborEmbedding(nn.Module):
+    """Mixes the elements of the neighbors, weighted by distance, into an atom's embedding."""
+
+    def __init__(self, channels: int, num_rbf: int, cutoff: float, max_z: int) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.embedding = nn.Embedding(max_z, channels)
+        self.distance_proj = nn.Linear(num_rbf, channels)
+        self.combine = nn.Linear(2 * channels, channels)
+        _reset_linear(self.distance_proj, self.combine)
+
+    def forward(self, x: Tensor, batch: Batch, distance: Tensor, rbf: Tensor) -> Float[Tensor, "N C"]:
+        """x_i <- W [x_i ; sum_j Emb(z_j) (W_d e(d_ij) + b_d) phi(d_ij)] + b, over neighbors j != i."""
+        weight = self.distance_proj(rbf) * cosine_cutoff(distance, self.cutoff).unsqueeze(-1)  # (E, C)
+        neighbors = sum_over_neighbors(self.embedding(batch.z).index_select(0, batch.src) * weight, batch)
+        return self.combine(torch.cat([x, neighbors], dim=-1))
+
+
+class EquivariantAttention(nn.Module):
+    """One layer of the ET: attention without softmax, which exchanges scalars and vectors between neighbors.
+
+    Parameters
+    ----------
+    vector_cutoff
+        True multiplies the values by the cutoff function, so that energies are continuous when an atom crosses the
+        cutoff; False multiplies the attention only, as the first published version did: for its checkpoints.
+    """
+
+    def __init__(self, channels: int, num_heads: int, num_rbf: int, cutoff: float, vector_cutoff: bool) -> None:
+        super().__init__()
+        self.channels, self.num_heads = channels, num_heads
+        self.cutoff, self.vector_cutoff = cutoff, vector_cutoff
+        self.layernorm = nn.LayerNorm(channels)
+        self.q_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, 3 * channels)
+        self.o_proj = nn.Linear(channels, 3 * channels)
+        self.vec_proj = nn.Linear(channels, 3 * channels, bias=False)
+        self.dk_proj = nn.Linear(num_rbf, channels)
+        self.dv_proj = nn.Linear(num_rbf, 3 * channels)
+        _reset_linear(self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.vec_proj, self.dk_proj, self.dv_proj)
+
+    def forward(
+        self, x: Tensor, vec: Tensor, src: Tensor, dst: Tensor, unit: Tensor, distance: Tensor, rbf: Tensor
+    ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N 3 C"]]:
+        """Changes of scalars (N, C) and vectors (N, 3, C); edges include self-loops with unit vector 0."""
+        n, heads = x.shape[0], self.num_heads
+        width = self.channels // heads  # D: channels of a head
+        normed = self.layernorm(x)
+        q = self.q_proj(normed).view(n, heads, width)
+        k = self.k_proj(normed).view(n, heads, width)
+        v = self.v_proj(normed).view(n, heads, 3 * width)
+        dk = F.silu(self.dk_proj(rbf)).view(-1, heads, width)  # (E, H, D)
+        dv = F.silu(self.dv_proj(rbf)).view(-1, heads, 3 * width)  # (E, H, 3D)
+        phi = cosine_cutoff(distance, self.cutoff).view(-1, 1, 1)  # (E, 1, 1)
+
+        attention = F.silu((q.index_select(0, dst) * k.index_select(0, src) * dk).sum(-1, keepdim=True))  # (E, H, 1)
+        value = v.index_select(0, src) * dv
+        if self.vector_cutoff:
+            value = value * phi
+        else:
+            attention = attention * phi
+            value = value * (phi > 0).to(value.dtype)  # edges beyond the cutoff (the skin) do not count
+        # Pitfall: the three parts are split inside each head, not off the flat (E, 3C) tensor.
+        scalar, along_vec, along_edge = value.split(width, dim=-1)
+        scalar_message = (scalar * attention).reshape(-1, self.channels)
+        along_vec, along_edge = (part.reshape(-1, 1, self.channels) for part in (along_vec, along_edge))
+        vector_message = vec.index_select(0, src) * along_vec + unit.unsqueeze(-1) * along_edge  # (E, 3, C)
+        x_sum = sum_by_index(scalar_message, dst, n)
+        vec_sum = sum_by_index(vector_message, dst, n)
+
+        vec1, vec2, vec3 = self.vec_proj(vec).split(self.channels, dim=-1)
+        o1, o2, o3 = self.o_proj(x_sum).split(self.channels, dim=-1)
+        dx = (vec1 * vec2).sum(dim=1) * o2 + o3
+        dvec = vec3 * o1.unsqueeze(1) + vec_sum
+        return dx, dvec
+
+
+class TorchMDNet(Backbone):
+    """Equivariant Transformer of TorchMD-NET.
+
+    With the energy head it has 1,339,906 parameters in the MD17 setting (the defaults) and 6,864,898 in that of QM9
+    (``hidden_channels=256, num_layers=8, num_rbf=64``).
+
+    Parameters
+    ----------
+    hidden_channels
+        Channels C of scalars and vectors (MD17: 128).
+    num_layers
+        Attention layers (MD17: 6).
+    num_heads
+        Attention heads; a divisor of `hidden_channels` (8).
+    num_rbf
+        Radial functions K (MD17: 32).
+    cutoff
+        Radius in Å beyond which atoms do not see each other directly (5.0).
+    vector_cutoff
+        True, for training from scratch: energies are continuous at the cutoff. False: as in checkpoints before v1.0.
+    trainable_rbf
+        Whether centers and widths of the radial functions are trained.
+    encode_vectors
+        Whether the backbone accepts `node_vectors` (force encoding); adds `hidden_channels` parameters.
+    max_z
+        Rows of the embedding tables: atomic numbers below it are known (100).
+
+    Raises
+    ------
+    ConfigError
+        If `hidden_channels` is not a multiple of `num_heads` and of 2, or a size is not positive.
+
+    References
+    ----------
+    Thölke and De Fabritiis, ICLR 2022, Table 5 (hyper-parameters); torchmd-net issue 254 (`vector_cutoff`).
+    """
+
+    tiny: ClassVar[dict] = {"hidden_channels": 16, "num_layers": 2, "num_heads": 2, "num_rbf": 8}
+
+    def __init__(
+        self,
+        *,
+        hidden_channels: int = 128,
+        num_layers: int = 6,
+        num_heads: int = 8,
+        num_rbf: int = 32,
+        cutoff: float = 5.0,
+        vector_cutoff: bool = True,
+        trainable_rbf: bool = False,
+        encode_vectors: bool = False,
+        max_z: int = MAX_Z,
+    ) -> None:
+        super().__init__()
+        sizes = {"hidden_channels": hidden_channels, "num_heads": num_heads, "num_rbf": num_rbf, "cutoff": cutoff}
+        for name, value in sizes.items():
+            if not value > 0:
+                raise ConfigError(f"{name}={value!r}; it must be positive")
+        if hidden_channels % num_heads or hidden_channels % 2:
+            raise ConfigError(f"hidden_channels={hidden_channels} must be even and a multiple of num_heads={num_heads}")
+        self.hidden_channels, self.cutoff = hidden_channels, float(cutoff)
+        self.embedding = nn.Embedding(max_z, hidden_channels)
+        self.distance_expansion = ExpNormalBasis(self.cutoff, num_rbf, trainable_rbf)
+        self.neighbor_embedding = NeighborEmbedding(hidden_channels, num_rbf, self.cutoff, max_z)
+        self.attention_layers = nn.ModuleList(
+            EquivariantAttention(hidden_channels, num_heads, num_rbf, self.cutoff, vector_cutoff)
+            for _ in range(num_layers)
+        )
+        self.out_norm = nn.LayerNorm(hidden_channels)
+        self.vector_embedding = nn.Parameter(torch.randn(hidden_channels)) if encode_vectors else None
+
+    def forward(self, batch: Batch, node_vectors: Float[Tensor, "N 3"] | None = None) -> Features:
+        """Scalars (N, C) and vectors (N, 3, C) of all atoms.
+
+        Raises
+        ------
+        ConfigError
+            If `node_vectors` are given to a backbone without ``encode_vectors=True``.
+        """
+        n = batch.z.shape[0]
+        edge = batch.vectors()
+        distance = safe_norm(edge)
+        rbf = self.distance_expansion(distance)
+        x = self.neighbor_embedding(self.embedding(batch.z), batch, distance, rbf)
+        vec = self._initial_vectors(x, node_vectors)
+
+        # Attention includes the atom itself, at distance 0 and without direction.
+        loop = torch.arange(n, device=x.device)
+        src, dst = torch.cat([batch.src, loop]), torch.cat([batch.dst, loop])
+        unit = torch.cat([edge / distance.masked_fill(distance == 0, 1.0).unsqueeze(-1), edge.new_zeros(n, 3)])
+        zeros = distance.new_zeros(n)
+        distance, rbf = torch.cat([distance, zeros]), torch.cat([rbf, self.distance_expansion(zeros)])
+        for layer in self.attention_layers:
+            dx, dvec = layer(x, vec, src, dst, unit, distance, rbf)
+            x, vec = x + dx, vec + dvec
+        return Features(self.out_norm(x), vec)
+
+    def _initial_vectors(self, x: Tensor, node_vectors: Tensor | None) -> Float[Tensor, "N 3 C"]:
+        """Zeros, or the encoded vectors of the atoms."""
+        if node_vectors is None:
+            return x.new_zeros(x.shape[0], 3, self.hidden_channels)
+        if self.vector_embedding is None:
+            raise ConfigError("this TorchMDNet takes no node_vectors; build it with encode_vectors=True")
+        return node_vectors.to(x.dtype).unsqueeze(-1) * self.vector_embedding
+
+    def scalar_head(self) -> Head:
+        """Two gated equivariant blocks; the scalar output (86,530 parameters at 128 channels)."""
+        return EquivariantScalarHead(self.hidden_channels)
+
+    def vector_head(self) -> Head:
+        """Two gated equivariant blocks; the vector output."""
+        return EquivariantVectorHead(self.hidden_channels)
+
+
+class GatedEquivariantBlock(nn.Module):
+    """Maps scalars and vectors from `channels` to `out_channels`; scalars see norms, and gate the vectors."""
+
+    def __init__(self, channels: int, out_channels: int, activate: bool) -> None:
+        super().__init__()
+        self.out_channels, self.activate = out_channels, activate
+        self.vec1_proj = nn.Linear(channels, channels, bias=False)
+        self.vec2_proj = nn.Linear(channels, out_channels, bias=False)
+        self.update_net = nn.Sequential(
+            nn.Linear(2 * channels, channels), nn.SiLU(), nn.Linear(channels, 2 * out_channels)
+        )
+        _reset_linear(self.vec1_proj, self.vec2_proj, self.update_net[0], self.update_net[2])
+
+    def forward(self, scalars: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, C), (N, 3, C) -> (N, O), (N, 3, O)."""
+        norm = safe_norm(self.vec1_proj(vectors), dim=1)  # (N, C)
+        out, gate = self.update_net(torch.cat([scalars, norm], dim=-1)).split(self.out_channels, dim=-1)
+        return F.silu(out) if self.activate else out, self.vec2_proj(vectors) * gate.unsqueeze(1)
+
+
+class _GatedHead(Head):
+    """Two gated blocks, C -> C/2 -> 1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.output_network = nn.ModuleList(
+            [GatedEquivariantBlock(channels, channels // 2, True), GatedEquivariantBlock(channels // 2, 1, False)]
+        )
+
+    def both(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Scalar (N, 1) and vector (N, 3, 1) output."""
+        scalars, vectors = features.scalars, features.vectors
+        for block in self.output_network:
+            scalars, vectors = block(scalars, vectors)
+        return scalars, vectors
+
+
+class EquivariantScalarHead(_GatedHead):
+    """One invariant number per atom."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        # Exists in published checkpoints and counts in their size, but no scalar output depends on it.
+        self.output_network[-1].vec2_proj.requires_grad_(False)
+
+    def forward(self, features: Features, batch: Batch) -> Float[Tensor, " N"]:
+        """(N,), in units of the potential's scale."""
+        return self.both(features)[0][:, 0]
+
+
+class EquivariantVectorHead(_GatedHead):
+    """One vector per atom, which rotates with the structure."""
+
+    def forward(self, features: Features, batch: Batch) -> Float[Tensor, "N 3"]:
+        """(N, 3), in units of the potential's scale."""
+        return self.both(features)[1][:, :, 0]
+
+
+class NDeMTorchMDNet(NDeMModel):
+    """Force field on TorchMD-NET's Equivariant Transformer, trained with NDeM unless told otherwise.
+
+    Parameters and methods are those of `NDeMModel`; `backbone_options` are the options of `TorchMDNet`.
+    """
+
+    backbone_name: ClassVar[str] = "torchmd_net"
+
+
+def _reset_linear(*layers: nn.Linear) -> None:
+    """Xavier-uniform weights and zero biases, as published."""
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,197 @@
+"""The contract of an objective, and the supervised terms that all of them share.
+
+An objective gets a potential, a batch and a random generator, and returns named, weighted terms; the training loop
+minimizes their sum. It alone knows of noise, auxiliary heads and weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ndem_zoo.errors import ConfigError
+from ndem_zoo.graph import Batch
+from ndem_zoo.models.potential import Potential, Prediction
+
+Loss = Literal["mse", "l1", "smooth_l1"]
+WeightSchedule = Literal["constant", "decay", "warmup"]
+
+_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+
+
+@dataclass(frozen=True)
+class SupervisedLoss:
+    """Weights and form of the supervised terms.
+
+    Attributes
+    ----------
+    energy_weight, force_weight
+        Weights of the two terms; 0 leaves one out (Table 7: 1 and 30).
+    loss
+        ``"mse"`` (TorchMD-NET), ``"smooth_l1"`` with beta 1 (Frad) or ``"l1"``, of energies per structure and of force
+        components, both divided by the potential's scale.
+    """
+
+    energy_weight: float = 1.0
+    force_weight: float = 30.0
+    loss: Loss = "mse"
+
+    def __post_init__(self) -> None:
+        check_choice("loss", self.loss, Loss)
+        check_not_negative("energy_weight", self.energy_weight)
+        check_not_negative("force_weight", self.force_weight)
+        if self.energy_weight == 0 and self.force_weight == 0:
+            raise ConfigError("energy_weight and force_weight are both 0: there is nothing to learn")
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Labels that the terms need."""
+        weights = {"energy": self.energy_weight, "forces": self.force_weight}
+        return frozenset(name for name, weight in weights.items() if weight)
+
+    def terms(self, prediction: Prediction, batch: Batch, scale: Tensor) -> dict[str, Tensor]:
+        """Weighted terms of a prediction against the batch's labels.
+
+        Pitfall: energies are subtracted in float64, before anything is rounded; see `Potential`.
+        """
+        dtype = prediction.features.scalars.dtype
+        errors = {}
+        if self.energy_weight:
+            errors["energy"] = ((prediction.energy - batch.targets["energy"]) / scale).to(dtype)
+        if self.force_weight:
+            errors["forces"] = (prediction.forces - batch.targets["forces"].to(dtype)) / scale.to(dtype)
+        return self.terms_of_errors(errors)
+
+    def terms_of_errors(self, errors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weighted terms of errors ``energy`` (S,) and ``forces`` (N, 3), both divided by the scale."""
+        weights = {"energy": self.energy_weight, "forces": self.force_weight}
+        loss = _LOSSES[self.loss]
+        return {name: weights[name] * loss(error, torch.zeros_like(error)) for name, error in errors.items()}
+
+
+class Objective(nn.Module, ABC):
+    """Something to minimize.
+
+    A subclass names its options in a dataclass `Options`, builds its heads in `build`, and returns named terms.
+
+    Parameters
+    ----------
+    supervised
+        The supervised terms.
+    weight
+        Weight of the auxiliary term (the paper's lambda).
+    weight_schedule
+        ``"constant"``; ``"decay"``, linearly to 0 over the training; ``"warmup"``, linearly from 0 over its first tenth.
+    options
+        Values for the fields of `Options`.
+
+    Raises
+    ------
+    ConfigError
+        For an option that does not exist or a value that is not allowed.
+
+    Attributes
+    ----------
+    progress : float
+        Fraction of the training that is done, 0 to 1; set by the loop before each step.
+    """
+
+    Options: ClassVar[type]
+    #: Labels beyond those of the supervised terms.
+    extra_requirements: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self,
+        supervised: SupervisedLoss | None = None,
+        weight: float = 1.0,
+        weight_schedule: WeightSchedule = "constant",
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        check_not_negative("weight", weight)
+        check_choice("weight_schedule", weight_schedule, WeightSchedule)
+        self.supervised = supervised or SupervisedLoss()
+        self.weight, self.weight_schedule = float(weight), weight_schedule
+        self.options = make_options(self.Options, options or {}, type(self).__name__)
+        self.progress = 0.0
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Labels that must be present; checked before the first step."""
+        return self.supervised.requires | self.extra_requirements
+
+    def build(self, potential: Potential, dataset: Any = None) -> None:  # noqa: B027 (most objectives have no heads)
+        """Make what belongs to the objective alone: once, before the first step.
+
+        Parameters
+        ----------
+        potential
+            The potential that will be trained.
+        dataset
+            The training data, for objectives that look at them as a whole; None when a saved objective is rebuilt,
+            whose buffers are loaded afterwards.
+        """
+
+    @abstractmethod
+    def forward(self, potential: Potential, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Named, weighted scalars; their sum is minimized.
+
+        Parameters
+        ----------
+        potential
+            The potential in training.
+        batch
+            Structures with labels.
+        rng
+            The only source of randomness, on the batch's device.
+        """
+
+    def current_weight(self) -> float:
+        """Weight of the auxiliary term at this point of the training."""
+        if self.weight_schedule == "decay":
+            return self.weight * (1.0 - self.progress)
+        if self.weight_schedule == "warmup":
+            return self.weight * min(1.0, 10.0 * self.progress)
+        return self.weight
+
+
+def make_options(cls: type, given: dict[str, Any], owner: str) -> Any:
+    """Build the dataclass `cls` from `given`; an unknown name is an error that lists the known ones."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in given:
+        if name not in known:
+            allowed = ", ".join(known) if known else "no options"
+            raise ConfigError(f"objective {owner} has no option {name!r}; it has {allowed}")
+    return cls(**given)
+
+
+def check_choice(name: str, value: Any, allowed: Any) -> None:
+    """Raise ConfigError unless `value` is one of the strings of the Literal `allowed`."""
+    if value not in get_args(allowed):
+        raise ConfigError(f"{name}={value!r}; allowed are {', '.join(get_args(allowed))}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise ConfigError unless `value` is a number >= 0."""
+    if not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
+        raise ConfigError(f"{name}={value!r}; it must be a number >= 0")
+
+
+def check_sigma(sigma: Any) -> None:
+    """Raise ConfigError unless `sigma` is a positive number or an ascending pair of them (Å)."""
+    values = tuple(sigma) if isinstance(sigma, (tuple, list)) else (sigma,)
+    is_valid = all(isinstance(v, (int, float)) and 0 < v < float("inf") for v in values) and len(values) in (1, 2)
+    if not is_valid or (len(values) == 2 and values[0] > values[1]) or (len(values) == 1 and values[0] is not sigma):
+        raise ConfigError(f"sigma={sigma!r}; allowed are a positive number in Å or an ascending pair (min, max) of them")
+
+
+def check_ratio(ratio: Any) -> None:
+    """Raise ConfigError unless 0 < `ratio` <= 1."""
+    if not (isinstance(ratio, (int, float)) and 0 < ratio <= 1):
+        raise ConfigError(f"ratio={ratio!r}; it must be above 0 and at most 1")

@@ -1,0 +1,104 @@
+"""Derivatives of the energy, norms that can be differentiated twice, and reference energies.
+
+The only place where derivatives with respect to positions are taken. Nothing here knows a network: energies come in,
+forces and Hessian-vector products go out. Unit constants are those of `ase.units`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from ase import units
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ndem_zoo.errors import DataError
+
+#: Elements that the package knows: atomic numbers 1 to MAX_Z.
+MAX_Z = 100
+
+#: One kcal/mol in eV, and Boltzmann's constant in eV/K.
+KCAL_PER_MOL = units.kcal / units.mol
+BOLTZMANN = units.kB
+
+
+def safe_norm(vectors: Tensor, dim: int = -1, keepdim: bool = False) -> Tensor:
+    """Euclidean norm along `dim`, with value and all derivatives 0 where the vector is 0.
+
+    Pitfall: `torch.linalg.vector_norm` of a zero vector gives NaN parameter gradients under a force loss, and adding a
+    small number under the root would change every other value.
+    """
+    square = vectors.square().sum(dim=dim, keepdim=keepdim)
+    is_zero = square == 0
+    return square.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
+
+
+def forces_from_energy(energy: Float[Tensor, " S"], pos: Float[Tensor, "N 3"], create_graph: bool) -> Tensor:
+    """Forces -dE/dpos in eV/Å from energies in eV; zeros for an energy that does not depend on positions.
+
+    Parameters
+    ----------
+    energy : (S,)
+        Energies of the structures; structures do not interact, so one backward pass serves all.
+    pos : (N, 3)
+        Positions in Å with ``requires_grad``.
+    create_graph
+        Whether the forces themselves can be differentiated: needed to train on them.
+    """
+    if not energy.requires_grad:  # a structure without edges, say
+        return torch.zeros_like(pos)
+    (gradient,) = torch.autograd.grad(energy.sum(), pos, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(pos) if gradient is None else -gradient
+
+
+def hessian_vector_product(forces: Tensor, pos: Tensor, vector: Tensor) -> Tensor:
+    """Product H v (N, 3) of the energy's Hessian with `vector`, from forces with a graph; eV/Å for v in Å."""
+    (product,) = torch.autograd.grad(-(forces * vector).sum(), pos, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(pos) if product is None else product
+
+
+def element_counts(z: Int[np.ndarray, " A"], ptr: Int[np.ndarray, " S1"]) -> np.ndarray:
+    """How many atoms of each element every structure has: (S, MAX_Z + 1)."""
+    counts = np.zeros((len(ptr) - 1, MAX_Z + 1), dtype=np.int64)
+    np.add.at(counts, (np.repeat(np.arange(len(ptr) - 1), np.diff(ptr)), np.asarray(z, dtype=np.int64)), 1)
+    return counts
+
+
+def fit_reference_energies(z: np.ndarray, ptr: np.ndarray, energy: np.ndarray) -> Float[np.ndarray, " Z"]:
+    """Energy per element that explains the total energies best, by least squares of minimal norm.
+
+    For structures of one composition this is their mean energy, spread over the atoms.
+
+    Parameters
+    ----------
+    z : (A,)
+        Atomic numbers of all structures.
+    ptr : (S + 1,)
+        Where each structure begins and ends in `z`.
+    energy : (S,)
+        Total energies in eV, float64.
+
+    Returns
+    -------
+    reference : (MAX_Z + 1,) float64
+        eV by atomic number; 0 for elements that do not occur.
+
+    Raises
+    ------
+    DataError
+        If an energy is not finite; names the structure.
+    """
+    energy = np.asarray(energy, dtype=np.float64)
+    if not np.isfinite(energy).all():
+        index = int(np.flatnonzero(~np.isfinite(energy))[0])
+        raise DataError(f"structure {index}: energy {energy[index]} eV is not finite")
+    counts = element_counts(z, ptr)
+    present = np.flatnonzero(counts.any(axis=0))
+    # Structures of equal composition enter as one row: far smaller, and the same minimum when weighted by their number.
+    rows, inverse, number = np.unique(counts[:, present], axis=0, return_inverse=True, return_counts=True)
+    mean = np.bincount(inverse.reshape(-1), weights=energy) / number
+    weight = np.sqrt(number)
+    solution, *_ = np.linalg.lstsq(rows * weight[:, None], mean * weight, rcond=None)
+    reference = np.zeros(MAX_Z + 1)
+    reference[present] = solution
+    return reference

@@ -1,0 +1,83 @@
+"""Progress of a training, for people: a bar on a terminal, lines elsewhere. Never costs a step more than a comparison."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+#: Seconds between two refreshes of the bar, and between two lines.
+_BAR_INTERVAL, _LINE_INTERVAL = 0.2, 10.0
+
+
+class Progress:
+    """Shows how far a training is.
+
+    Parameters
+    ----------
+    total_steps
+        Steps that it will take; None if it is not known.
+    max_time
+        Seconds that it may take; None for no limit.
+    enabled
+        False shows nothing.
+    """
+
+    def __init__(self, total_steps: int | None, max_time: float | None, enabled: bool = True) -> None:
+        self._total_steps, self._max_time, self._enabled = total_steps, max_time, enabled
+        self._next, self._errors, self._bar, self._task = 0.0, "", None, None
+
+    def __enter__(self) -> Progress:
+        if self._enabled and sys.stderr.isatty():
+            self._bar = _rich_bar()
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("training", total=1.0, rate="", errors="")
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def validated(self, row: dict[str, float]) -> None:
+        """Take note of a row of the history."""
+        shown = (("valid_energy_mae", "E", 1e3, "meV"), ("valid_forces_mae", "F", 1e3, "meV/Å"))
+        errors = [f"{label} {row[name] * factor:.1f} {unit}" for name, label, factor, unit in shown if name in row]
+        self._errors = "valid MAE " + ", ".join(errors) if errors else f"train loss {row['train_loss']:.4g}"
+
+    def advance(self, step: int, seconds: float) -> None:
+        """A step is done; shown when the last refresh is long enough ago."""
+        now = time.monotonic()
+        if not self._enabled or now < self._next:
+            return
+        first, self._next = self._next == 0.0, now + (_BAR_INTERVAL if self._bar is not None else _LINE_INTERVAL)
+        if first and self._bar is None:
+            return
+        rate = f"step {step}, {step / max(seconds, 1e-9):.1f} steps/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done(step, seconds), rate=rate, errors=self._errors)
+        else:
+            print(f"{100 * self._done(step, seconds):5.1f} %  {rate}  {self._errors}", file=sys.stderr, flush=True)
+
+    def _done(self, step: int, seconds: float) -> float:
+        by_step = step / self._total_steps if self._total_steps else 0.0
+        by_time = seconds / self._max_time if self._max_time else 0.0
+        return min(1.0, max(by_step, by_time))
+
+
+def _rich_bar() -> Any:
+    """A bar that refreshes itself, or None where rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+    except ImportError:
+        return None
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[errors]}"),
+    )
+    return Bar(*columns, console=Console(stderr=True), refresh_per_second=5)

@@ -1,0 +1,45 @@
+"""What the package has, by name: one line each. The contract tests, the CLI and `load` read these tables.
+
+Values are ``"module:attribute"``, imported when asked for, so that a table costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ndem_zoo.errors import ConfigError
+
+BACKBONES: dict[str, str] = {
+    "torchmd_net": "ndem_zoo.models.torchmd_net:TorchMDNet",
+}
+
+MODELS: dict[str, str] = {
+    "NDeMTorchMDNet": "ndem_zoo.models.torchmd_net:NDeMTorchMDNet",
+}
+
+OBJECTIVES: dict[str, str] = {
+    "supervised": "ndem_zoo.objectives.supervised:Supervised",
+    "noisy_nodes": "ndem_zoo.objectives.noisy_nodes:NoisyNodes",
+    "ndem": "ndem_zoo.objectives.ndem:NDeM",
+}
+
+DATASETS: dict[str, str] = {
+    "md17": "ndem_zoo.datasets.md17:load_md17",
+    "extxyz": "ndem_zoo.datasets.extxyz:load_extxyz",
+    "sample": "ndem_zoo.datasets.sample:load_sample",
+}
+
+
+def lookup(table: dict[str, str], name: str, what: str) -> Any:
+    """Import what `table` lists under `name`.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such name; lists those that there are.
+    """
+    if name not in table:
+        raise ConfigError(f"there is no {what} {name!r}; there are {', '.join(sorted(table))}")
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

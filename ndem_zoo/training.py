@@ -1,0 +1,630 @@
+"""The one training loop: every estimator, the command line and every adapter run through `train`.
+
+Batches come from `sampling`, terms from an objective, devices and precision from Lightning Fabric. What is random in a
+step depends on (seed, step) alone, and everything else that a step depends on is in a checkpoint: an interrupted and
+resumed run ends in the same bits as one that was not interrupted (on a CPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ndem_zoo import checkpoint as files
+from ndem_zoo.errors import ConfigError, FileFormatError, TrainingError
+from ndem_zoo.graph import Batch
+from ndem_zoo.inference import predict_columns
+from ndem_zoo.metrics import error_metrics
+from ndem_zoo.models.potential import Potential
+from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative
+from ndem_zoo.progress import Progress
+from ndem_zoo.sampling import collate, epoch_batches, step_seed
+
+if TYPE_CHECKING:
+    from ndem_zoo.datasets.base import MolecularDataset
+
+Schedule = Literal["plateau", "cosine", "constant"]
+Precision = Literal["32-true", "64-true"]
+
+#: Choice: so many of the newest checkpoints are kept; the one before the newest is there in case a disk fails.
+KEEP_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Attributes
+    ----------
+    batch_size
+        Structures per step.
+    eval_batch_size
+        Structures per batch of validation and prediction.
+    lr
+        Learning rate after warm-up.
+    weight_decay
+        Of AdamW.
+    warmup_steps
+        Steps over which the learning rate rises linearly from 0.
+    schedule
+        ``"plateau"``: multiplied by `plateau_factor` when the validation loss (without validation data: the training
+        loss) has not fallen for `plateau_patience` validations; ``"cosine"`` to `min_lr` over the training;
+        ``"constant"``.
+    min_lr
+        Lower bound of the learning rate after warm-up.
+    clip_norm
+        Largest norm of the gradient; None for no clipping.
+    ema_decay
+        Decay of the exponential average of the weights, which is then validated, kept and used; None for none.
+    nb_epoch, max_steps, max_time
+        Training ends with whichever comes first: passes over the data, steps, seconds. None for no limit.
+    early_stopping
+        Validations without a better validation loss after which training ends; None for never.
+    validate_every
+        Steps between validations; None for every epoch.
+    precision
+        ``"32-true"`` or ``"64-true"``.
+    seed
+        Of the weights, the order of the data and the noise.
+
+    Raises
+    ------
+    ConfigError
+        For a value that is not allowed, or if nothing ends the training.
+    """
+
+    batch_size: int = 8
+    eval_batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Schedule = "plateau"
+    plateau_factor: float = 0.8
+    plateau_patience: int = 30
+    min_lr: float = 0.0
+    clip_norm: float | None = None
+    ema_decay: float | None = None
+    nb_epoch: int | None = None
+    max_steps: int | None = None
+    max_time: float | None = None
+    early_stopping: int | None = None
+    validate_every: int | None = None
+    precision: Precision = "32-true"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("schedule", self.schedule, Schedule)
+        check_choice("precision", self.precision, Precision)
+        for name in ("weight_decay", "warmup_steps", "min_lr", "lr"):
+            check_not_negative(name, getattr(self, name))
+        whole = ("batch_size", "eval_batch_size", "nb_epoch", "max_steps", "early_stopping", "validate_every")
+        for name in (*whole, "plateau_patience", "max_time", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}={value!r}; it must be positive")
+            if value is not None and name in whole and value != int(value):
+                raise ConfigError(f"{name}={value!r}; it must be a whole number")
+        if not 0 < self.plateau_factor < 1:
+            raise ConfigError(f"plateau_factor={self.plateau_factor!r}; it must lie between 0 and 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"ema_decay={self.ema_decay!r}; it must lie between 0 and 1")
+        if self.nb_epoch is None and self.max_steps is None and self.max_time is None:
+            raise ConfigError("nothing ends the training: give nb_epoch, max_steps or max_time")
+
+
+class TrainStep(nn.Module):
+    """Potential and objective as one module: what Fabric wraps, so that all gradients are seen by it."""
+
+    def __init__(self, potential: Potential, objective: Objective) -> None:
+        super().__init__()
+        self.potential, self.objective = potential, objective
+
+    def forward(self, inputs: StepInputs) -> dict[str, Tensor]:
+        """Named, weighted terms of one batch."""
+        return self.objective(self.potential, inputs.batch, inputs.rng)
+
+
+class StepInputs:
+    """Arguments of a step.
+
+    Pitfall: Fabric casts every floating-point tensor that it finds in arguments, and refuses frozen dataclasses. It
+    does not look into an object of a plain class, and labels stay float64.
+    """
+
+    __slots__ = ("batch", "rng")
+
+    def __init__(self, batch: Batch, rng: torch.Generator) -> None:
+        self.batch, self.rng = batch, rng
+
+
+@dataclass
+class State:
+    """Where a run stands, apart from weights and optimizer: everything here goes into a checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    plateau_scale: float = 1.0
+    plateau_best: float = math.inf
+    plateau_waited: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    waited: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    summed_steps: int = 0  # steps since the last row of the history, whose terms `Run.sums` holds
+
+
+class Run:
+    """A training in progress: its parts, and how they are saved and restored."""
+
+    def __init__(
+        self,
+        potential: Potential,
+        objective: Objective,
+        train_set: MolecularDataset,
+        valid_set: MolecularDataset | None,
+        settings: TrainSettings,
+        device: torch.device,
+    ) -> None:
+        self.potential, self.objective, self.settings = potential, objective, settings
+        self.train_set, self.valid_set = train_set, valid_set
+        accelerator = "cuda" if device.type == "cuda" else "cpu"
+        devices = [device.index or 0] if device.type == "cuda" else 1
+        self.fabric = Fabric(accelerator=accelerator, devices=devices, precision=settings.precision)
+        self.dtype = torch.float64 if settings.precision == "64-true" else torch.float32
+        module = TrainStep(potential, objective).to(device, self.dtype)
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay, **_fused(device))
+        self.module, self.optimizer = self.fabric.setup(module, optimizer)
+        self.ema = _average(potential, settings.ema_decay)
+        self.rng = torch.Generator(device=device)
+        self.state, self.sums, self.best = State(), {}, None
+        self.steps_per_epoch = math.ceil(len(train_set) / settings.batch_size)
+        self.total_steps = _total_steps(settings, self.steps_per_epoch)
+
+    @property
+    def evaluated(self) -> Potential:
+        """The potential that is validated and kept: the averaged one, if there is an average."""
+        return self.potential if self.ema is None else self.ema.module
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the training that is done."""
+        by_time = self.state.seconds / self.settings.max_time if self.settings.max_time else 0.0
+        by_step = self.state.step / self.total_steps if self.total_steps else 0.0
+        return min(1.0, max(by_time, by_step))
+
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        settings, state = self.settings, self.state
+        lr = settings.lr
+        if settings.schedule == "cosine":
+            lr = settings.min_lr + 0.5 * (lr - settings.min_lr) * (1.0 + math.cos(math.pi * self.progress))
+        elif settings.schedule == "plateau":
+            lr = max(settings.min_lr, lr * state.plateau_scale)
+        return lr * min(1.0, (state.step + 1) / settings.warmup_steps) if settings.warmup_steps else lr
+
+    def one_step(self, indices: Any) -> None:
+        """Forward, backward, update; nothing here waits for a GPU."""
+        state = self.state
+        batch = collate(self.train_set, indices, self.potential.backbone.cutoff, self.dtype)
+        if self.fabric.device.type == "cuda":
+            batch = batch.pin_memory().to(self.fabric.device)
+        self.rng.manual_seed(step_seed(self.settings.seed, state.step))
+        self.objective.progress = self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.zero_grad()
+        terms = self.module(StepInputs(batch, self.rng))
+        loss = sum(terms.values())
+        self.fabric.backward(loss)
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.potential)
+        for name, term in {"loss": loss, **terms}.items():
+            # float64: the sum of an epoch must not depend on where a resumed run began to add
+            self.sums[name] = self.sums.get(name, 0.0) + term.detach().double()
+        state.step += 1
+        state.summed_steps += 1
+
+    def validate(self) -> dict[str, float]:
+        """Finish a row of the history: average the training terms, look at the validation data, keep the best.
+
+        Raises
+        ------
+        TrainingError
+            If a term is not finite.
+        """
+        state = self.state
+        row = {"epoch": state.step / self.steps_per_epoch, "step": state.step, "seconds": state.seconds}
+        row["lr"] = self.learning_rate()
+        row |= {f"train_{name}": float(total) / state.summed_steps for name, total in self.sums.items()}
+        self.sums, state.summed_steps = {}, 0
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{name} is {value} at step {state.step}: the training has diverged; "
+                    f"try a smaller lr (it is {self.settings.lr}), clip_norm, or longer warmup_steps"
+                )
+        if self.valid_set is not None:
+            row |= validation_metrics(self.evaluated, self.objective, self.valid_set, self.settings.eval_batch_size)
+        self._judge(row.get("valid_loss", row["train_loss"]), has_validation=self.valid_set is not None)
+        state.history.append(row)
+        return row
+
+    def _judge(self, loss: float, has_validation: bool) -> None:
+        """Lower the learning rate on a plateau; remember the best weights, or without validation data the last."""
+        state, settings = self.state, self.settings
+        if loss < state.plateau_best:
+            state.plateau_best, state.plateau_waited = loss, 0
+        else:
+            state.plateau_waited += 1
+        if state.plateau_waited > settings.plateau_patience:
+            state.plateau_scale *= settings.plateau_factor
+            state.plateau_waited = 0
+        if loss < state.best_loss or not has_validation:
+            state.best_step, state.waited = state.step, 0 if loss < state.best_loss else state.waited + 1
+            state.best_loss = min(loss, state.best_loss)
+            self.best = {name: tensor.detach().clone() for name, tensor in self.evaluated.state_dict().items()}
+        else:
+            state.waited += 1
+
+    def is_over(self) -> bool:
+        """Whether one of the limits is reached."""
+        settings, state = self.settings, self.state
+        return (
+            (self.total_steps is not None and state.step >= self.total_steps)
+            or (settings.max_time is not None and state.seconds >= settings.max_time)
+            or (settings.early_stopping is not None and state.waited >= settings.early_stopping)
+        )
+
+    def is_validation_due(self) -> bool:
+        """Whether the step just made ends a validation interval."""
+        return self.state.step % (self.settings.validate_every or self.steps_per_epoch) == 0
+
+    def finish(self) -> None:
+        """Leave the best weights in the potential."""
+        if self.best is not None:
+            self.potential.load_state_dict(self.best)
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, directory: Path, fingerprint: dict[str, Any]) -> None:
+        """Write a checkpoint of this moment, whole or not at all, and delete old ones."""
+        tensors = {f"optimizer.{k}": v for k, v in files.flatten_optimizer(self.optimizer.state_dict()).items()}
+        tensors |= {f"module.{k}": v for k, v in self.module.state_dict().items()}
+        tensors |= {f"sums.{k}": v for k, v in self.sums.items()}
+        if self.ema is not None:
+            tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        if self.best is not None:
+            tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        with files.atomic_folder(files.checkpoint_path(directory, self.state.step)) as folder:
+            files.save_tensors(folder / "trainer.safetensors", tensors)
+            files.save_json(
+                folder / "trainer.json", {"fingerprint": fingerprint, "state": _encode(dataclasses.asdict(self.state))}
+            )
+        files.remove_old_checkpoints(directory, KEEP_CHECKPOINTS)
+
+    def restore(self, directory: Path, fingerprint: dict[str, Any]) -> bool:
+        """Continue from the newest checkpoint that is intact, if there is one.
+
+        Raises
+        ------
+        ConfigError
+            If the checkpoint belongs to other settings or other data.
+        FileFormatError
+            If there are checkpoints, but none can be read.
+        """
+        found = files.checkpoints(directory)
+        problems = []
+        for path in found:
+            try:
+                record = files.load_json(path / "trainer.json")
+                tensors = files.load_tensors(path / "trainer.safetensors")
+            except (FileFormatError, FileNotFoundError) as error:
+                problems.append(str(error))
+                continue
+            _compare(record["fingerprint"], fingerprint, path)
+            self._load(record["state"], tensors)
+            return True
+        if problems:
+            raise FileFormatError(f"none of the {len(found)} checkpoints in {directory} can be read: {problems[0]}")
+        return False
+
+    def _load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take over what a checkpoint holds."""
+
+        def part(name: str) -> dict[str, Tensor]:
+            prefix = name + "."
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        device = self.fabric.device
+        self.state = State(**_decode(state))
+        self.module.load_state_dict(part("module"))
+        self.optimizer.load_state_dict(files.unflatten_optimizer(part("optimizer"), self.optimizer.state_dict()))
+        self.sums = {name: value.to(device) for name, value in part("sums").items()}
+        if self.ema is not None:
+            self.ema.load_state_dict(part("ema"))
+        self.best = {name: value.to(device) for name, value in part("best").items()} or None
+
+
+def train(
+    potential: Potential,
+    objective: Objective,
+    train_set: MolecularDataset,
+    valid_set: MolecularDataset | None,
+    settings: TrainSettings,
+    *,
+    device: torch.device,
+    directory: Path | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    tensorboard: bool = False,
+    progress: bool = True,
+    callback: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train a potential in place; it ends with the best weights seen.
+
+    Parameters
+    ----------
+    potential, objective
+        What is trained, and on what; both are built already.
+    train_set, valid_set
+        Data with the labels that the objective requires; checked by the caller.
+    settings
+        See `TrainSettings`.
+    device
+        Where to compute.
+    directory
+        Folder for ``history.csv`` and checkpoints; None writes nothing.
+    checkpoint_every
+        Steps between checkpoints; None writes one at the end only.
+    resume
+        Continue from `directory` if it holds a checkpoint.
+    tensorboard
+        Whether the rows of the history also go to TensorBoard files in `directory`.
+    progress
+        Whether to show progress.
+    callback
+        Called with every row of the history.
+
+    Returns
+    -------
+    history : list of dict
+        One row for each validation; see `Run.validate`.
+
+    Raises
+    ------
+    ConfigError
+        If `directory` holds a run that is not to be resumed, or one with other settings or data.
+    TrainingError
+        If the training diverges.
+
+    Notes
+    -----
+    Ctrl-C ends the training after the step in progress, as if a limit were reached.
+    """
+    run = Run(potential, objective, train_set, valid_set, settings, device)
+    fingerprint = {"settings": dataclasses.asdict(settings), "data": _data_fingerprint(train_set, valid_set, objective)}
+    if directory is not None:
+        _prepare(directory, resume)
+        if resume:
+            run.restore(directory, fingerprint)
+    log = HistoryLog(directory, tensorboard, run.state.history)
+    saved_step = run.state.step or None
+
+    def save() -> None:
+        """Write a checkpoint, unless there is nowhere to write or it is written already."""
+        nonlocal saved_step
+        if directory is not None and saved_step != run.state.step:
+            run.save(directory, fingerprint)
+            saved_step = run.state.step
+
+    # The steps since a checkpoint are made again; their seconds are not counted twice.
+    begin = time.monotonic() - run.state.seconds
+    with Progress(run.total_steps, settings.max_time, enabled=progress) as bar, _interruptible() as is_interrupted:
+        potential.train()
+        while not (run.is_over() or is_interrupted()):
+            epoch, position = divmod(run.state.step, run.steps_per_epoch)
+            for indices in epoch_batches(len(train_set), settings.batch_size, settings.seed, epoch)[position:]:
+                run.one_step(indices)
+                run.state.seconds = time.monotonic() - begin
+                interrupted = is_interrupted()
+                is_last = run.is_over() or interrupted
+                if interrupted and not run.is_validation_due():
+                    save()  # before a validation that the uninterrupted run would not have made
+                if run.is_validation_due() or is_last:
+                    row = run.validate()
+                    log.add(row)
+                    bar.validated(row)
+                    if callback is not None:
+                        callback(row)
+                if checkpoint_every and run.state.step % checkpoint_every == 0:
+                    save()
+                bar.advance(run.state.step, run.state.seconds)
+                if is_last or run.is_over():
+                    break
+    save()
+    log.close()
+    run.finish()
+    potential.eval()
+    return run.state.history
+
+
+def validation_metrics(
+    potential: Potential, objective: Objective, dataset: MolecularDataset, batch_size: int
+) -> dict[str, float]:
+    """Supervised loss and errors on validation data, named ``valid_...``; of all values at once."""
+    predicted = predict_columns(potential, dataset, batch_size, need_forces="forces" in dataset.targets)
+    scale = float(potential.scale)
+    errors = {
+        name: torch.as_tensor(predicted[name] - dataset.targets[name]) / scale
+        for name in sorted(objective.supervised.requires)
+    }
+    terms = objective.supervised.terms_of_errors(errors)
+    metrics = error_metrics(predicted, dataset.targets, dataset.z, dataset.ptr)
+    kept = ("energy_mae", "forces_mae", "forces_rmse")
+    return {"valid_loss": float(sum(terms.values()))} | {f"valid_{k}": metrics[k] for k in kept if k in metrics}
+
+
+class HistoryLog:
+    """Writes the history as it grows: ``history.csv``, and TensorBoard when asked."""
+
+    def __init__(self, directory: Path | None, tensorboard: bool, rows: list[dict[str, float]]) -> None:
+        self._path = None if directory is None else directory / "history.csv"
+        self._board = None
+        if tensorboard:
+            if directory is None:
+                raise ConfigError("tensorboard=True needs a checkpoint_dir to write to")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / "tensorboard"))
+        if self._path is not None:
+            write_history(self._path, rows)
+
+    def add(self, row: dict[str, float]) -> None:
+        """Append a row."""
+        if self._path is not None:
+            is_new = self._path.stat().st_size == 0
+            with self._path.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                if is_new:
+                    writer.writerow(row)
+                writer.writerow(repr(value) for value in row.values())
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        """Flush."""
+        if self._board is not None:
+            self._board.close()
+
+
+def write_history(path: Path, rows: list[dict[str, float]]) -> None:
+    """Write a history as CSV; an empty one as an empty file."""
+    lines = [",".join(rows[0])] if rows else []
+    lines += [",".join(repr(value) for value in row.values()) for row in rows]
+    files.write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """Read what `write_history` wrote.
+
+    Raises
+    ------
+    FileFormatError
+        If a cell is not a number.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        try:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        except (TypeError, ValueError) as error:
+            raise FileFormatError(f"{path} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag; a second one acts as usual. Outside the main thread nothing is changed."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        flag.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield flag.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _prepare(directory: Path, resume: bool) -> None:
+    """Make the folder; refuse to write over a run that is not to be resumed."""
+    if not resume and files.checkpoints(directory):
+        raise ConfigError(f"{directory} holds a training already: pass resume=True to continue it, or another folder")
+    directory.mkdir(parents=True, exist_ok=True)
+    files.remove_leftovers(directory)
+
+
+def _fused(device: torch.device) -> dict[str, bool]:
+    """AdamW in one kernel where torch has it: on CUDA always, on CPUs from 2.4 on."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    return {"fused": True} if device.type == "cuda" or version >= (2, 4) else {}
+
+
+def _average(potential: Potential, decay: float | None) -> AveragedModel | None:
+    """Exponential average of the weights.
+
+    The decay rises as min(decay, (1 + t) / (10 + t)) (Godwin et al., ICLR 2022), so that short trainings do not end in
+    an average that still remembers the first draw.
+    """
+    if decay is None:
+        return None
+
+    def update(averaged: list[Tensor], current: list[Tensor], number: Tensor) -> None:
+        count = int(number)
+        torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1 + count) / (10 + count)))
+
+    ema = AveragedModel(potential, multi_avg_fn=torch.no_grad()(update))
+    # Pitfall: update_parameters compares this counter every step; on a GPU that would wait for it.
+    ema.n_averaged = ema.n_averaged.cpu()
+    return ema
+
+
+def _total_steps(settings: TrainSettings, steps_per_epoch: int) -> int | None:
+    """Steps after which training ends, or None if only time ends it."""
+    by_epoch = None if settings.nb_epoch is None else settings.nb_epoch * steps_per_epoch
+    limits = [limit for limit in (by_epoch, settings.max_steps) if limit is not None]
+    return min(limits) if limits else None
+
+
+def _data_fingerprint(train_set: MolecularDataset, valid_set: MolecularDataset | None, objective: Objective) -> str:
+    """Hash of what the data and the objective are."""
+    digest = hashlib.sha256()
+    for dataset in (train_set, valid_set):
+        if dataset is not None:
+            digest.update(f"{len(dataset)} {dataset.split_hash}".encode())
+    options = dataclasses.asdict(objective.options)
+    digest.update(json.dumps([type(objective).__name__, objective.weight, options], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _compare(stored: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """Refuse to continue another training than the one that was begun; its limits may be moved."""
+    movable = {"nb_epoch", "max_steps", "max_time", "eval_batch_size", "early_stopping"}
+    for name, value in current["settings"].items():
+        if name not in movable and stored["settings"].get(name) != value:
+            raise ConfigError(f"{path} was made with {name}={stored['settings'].get(name)!r}, not {value!r}")
+    if stored["data"] != current["data"]:
+        raise ConfigError(f"{path} was made with other data or another objective; give another checkpoint_dir")
+
+
+def _encode(state: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {name: "inf" if value == math.inf else value for name, value in state.items()}
+
+
+def _decode(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.inf if value == "inf" else value for name, value in state.items()}
