@@ -16,7 +16,7 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -333,7 +333,9 @@ def make_batch(
 class _NoGraphBolt(types.ModuleType):
     """Stands in for `dgl.graphbolt`, the sampler for giant graphs, where its library does not fit the installed torch."""
 
-    __path__: list[str] = []  # looks like a package, so that imports of its submodules fail with a clear error
+    __path__: ClassVar[
+        list[str]
+    ] = []  # looks like a package, so that imports of its submodules fail with a clear error
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

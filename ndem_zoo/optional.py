@@ -24,4 +24,6 @@ def require(module: str, *, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} cannot be imported ({error}); install it with: pip install 'ndem_zoo[{extra}]'") from error
+        raise ImportError(
+            f"{module} cannot be imported ({error}); install it with: pip install 'ndem_zoo[{extra}]'"
+        ) from error

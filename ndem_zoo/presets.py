@@ -70,7 +70,8 @@ PRESETS: dict[str, dict[str, Sourced]] = {
         "validate_every": Sourced(500, _OURS),
         "early_stopping": Sourced(None, _OURS),
         "backbone": Sourced(
-            {"torchmd_net": {"hidden_channels": 64, "num_layers": 3, "num_heads": 8, "num_rbf": 32, "cutoff": 5.0}}, _OURS
+            {"torchmd_net": {"hidden_channels": 64, "num_layers": 3, "num_heads": 8, "num_rbf": 32, "cutoff": 5.0}},
+            _OURS,
         ),
     },
 }

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -177,11 +178,24 @@ def remove(venv):
         return
     if not (venv / MARKER).exists():
         raise Problem("{} exists and was not made by make; move it away, or say make VENV=other".format(venv))
-    marker = venv / MARKER
     for entry in venv.iterdir():
-        if entry != marker:
-            shutil.rmtree(str(entry)) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    shutil.rmtree(str(venv))  # the marker goes last: killed on the way, the next call still knows that it may remove
+        if entry.name == MARKER:
+            continue  # goes last: killed on the way, the next call still knows that it may remove
+        if entry.is_dir() and not entry.is_symlink():
+            remove_tree(entry)
+        else:
+            entry.unlink()
+    remove_tree(venv)
+
+
+def remove_tree(folder):
+    """Delete a folder, again if a pip that outlived its parent has just put something there."""
+    for pause in (1.0, 3.0):
+        try:
+            return shutil.rmtree(str(folder))
+        except OSError:
+            time.sleep(pause)
+    return shutil.rmtree(str(folder))
 
 
 def create_venv(venv):
@@ -238,7 +252,7 @@ def run(command, venv):
     shutil.rmtree(str(temporary), ignore_errors=True)
     if status != 0:
         output = log_of(venv).read_bytes()[start:].decode(errors="replace")
-        raise Problem("{}; the log is {}".format(explain(output), log_of(venv)))
+        raise Problem("{}; the log is {}".format(explain(output, venv), log_of(venv)))
 
 
 def wait(process):
@@ -252,21 +266,31 @@ def wait(process):
     return process.wait()
 
 
-def explain(log):
+def explain(log, venv):
     """Say in one line why pip failed."""
     if re.search(r"No space left on device|Disk quota exceeded", log):
         return "the disk is full"
     missing = re.search(r"No matching distribution found for (\S+)", log)
-    gave_up = missing is None or re.search(r"from versions: none|Retry\(total=0", log)
-    if re.search(NETWORK, log) and gave_up:
-        return "no network: pip cannot reach the package index (or PIP_INDEX_URL and the proxy settings are wrong)"
+    conflict = re.search(r"The conflict is caused by:\n(.*?)\n\s*\n", log, flags=re.DOTALL)
+    if (re.search(NETWORK, log) and not (missing or conflict)) or not index_answers(venv):
+        return "no network: pip cannot reach its package index (see also PIP_INDEX_URL and the proxy settings)"
     if missing:
         return "the package index has no {} for this Python and platform".format(missing.group(1))
-    if "ResolutionImpossible" in log:
-        return "the pinned versions contradict setup.py"
+    if conflict:
+        return "no versions satisfy all of: " + "; ".join(line.strip() for line in conflict.group(1).splitlines())
     errors = [line.strip() for line in log.splitlines() if re.match(r"\s*(ERROR|error)\b", line)]
     lines = errors or [line.strip() for line in log.splitlines() if line.strip()]
     return lines[-1] if lines else "pip ended without a word"
+
+
+def index_answers(venv):
+    """Ask pip for a package that every index has: what pip says of a dead one differs from version to version."""
+    flags = ["--no-deps", "--no-cache-dir", "--quiet", "--retries", "0", "--timeout", "15"]
+    if not python_of(venv).exists():
+        return True
+    with tempfile.TemporaryDirectory(dir=str(venv.absolute())) as folder:
+        command = [str(python_of(venv)), "-m", "pip", "download", *flags, "--dest", folder, "setuptools"]
+        return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ def load(molecule: str, data_dir: str, n_train: int, n_test: int) -> tuple[Any, 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the checksum of a subset is not the official one
-        _, (train, valid, rest), _ = load_md17(molecule, n_train=950, n_valid=50, seed=1, data_dir=data_dir, download=False)
+        _, (train, valid, rest), _ = load_md17(
+            molecule, n_train=950, n_valid=50, seed=1, data_dir=data_dir, download=False
+        )
     return train[:n_train], valid, rest[:n_test]
 
 
@@ -94,7 +96,11 @@ def measure_step_times(molecule: str, data_dir: str, device: str, rounds: int = 
             times[name].append((time.perf_counter() - begin) / steps)
     ratios = {n: [a / b for a, b in zip(t, times["supervised"], strict=True)] for n, t in times.items()}
     return {
-        n: {"ratio": statistics.median(r), "quartiles": statistics.quantiles(r, n=4), "ms": 1e3 * statistics.median(times[n])}
+        n: {
+            "ratio": statistics.median(r),
+            "quartiles": statistics.quantiles(r, n=4),
+            "ms": 1e3 * statistics.median(times[n]),
+        }
         for n, r in ratios.items()
     }
 
@@ -129,21 +135,33 @@ def table(record: dict[str, Any]) -> str:
     ]
     for n_train, budget in itertools.product(record["n_train"], ("steps", "time")):
         runs = {
-            name: [r for r in record["runs"] if r["n_train"] == n_train and r["objective"] == name
-                   and r["budget"] in (budget, "steps" if name == ANCHOR else budget)]
+            name: [
+                r
+                for r in record["runs"]
+                if r["n_train"] == n_train
+                and r["objective"] == name
+                and r["budget"] in (budget, "steps" if name == ANCHOR else budget)
+            ]
             for name in OBJECTIVES
         }
         if not all(runs.values()):
             continue
         lines += ["", f"## {n_train} training frames, equal {budget}", ""]
-        lines += ["| objective | steps | cost of a step | force MAE | difference to supervised | energy MAE |", "|" + "---|" * 6]
+        lines += [
+            "| objective | steps | cost of a step | force MAE | difference to supervised | energy MAE |",
+            "|" + "---|" * 6,
+        ]
         base = {r["seed"]: r["test"]["forces_mae_kcal"] for r in runs["supervised"]}
         for name, found in runs.items():
             force = [r["test"]["forces_mae_kcal"] for r in found]
             energy = [r["test"]["energy_mae_kcal"] for r in found]
             pairs = [r["test"]["forces_mae_kcal"] - base[r["seed"]] for r in found if r["seed"] in base]
-            difference = "" if name == "supervised" else (
-                f"{100 * statistics.mean(pairs) / statistics.mean(base.values()):+.1f} % ({statistics.mean(pairs):+.4f} ± {_error(pairs):.4f})"
+            difference = (
+                ""
+                if name == "supervised"
+                else (
+                    f"{100 * statistics.mean(pairs) / statistics.mean(base.values()):+.1f} % ({statistics.mean(pairs):+.4f} ± {_error(pairs):.4f})"
+                )
             )
             lines.append(
                 f"| {name} | {found[0]['steps']:,} | {record['step_times'][name]['ratio']:.2f} | "

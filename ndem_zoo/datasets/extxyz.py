@@ -6,6 +6,10 @@ Reading goes through ASE, which also opens .gz, .bz2 and .xz. Where labels are l
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -91,7 +95,7 @@ def _read_frames(path: str | os.PathLike) -> list[Atoms]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        for atoms in iread(os.fspath(path), index=":", format="extxyz"):
+        for atoms in iread(_readable(path), index=":", format="extxyz"):
             frames.append(atoms)
     # Pitfall: ASE's reader raises whatever its parser trips over (IndexError, KeyError, StopIteration, ...).
     except Exception as error:
@@ -100,6 +104,20 @@ def _read_frames(path: str | os.PathLike) -> list[Atoms]:
     if not frames:
         raise FileFormatError(f"{path} holds no structures")
     return frames
+
+
+def _readable(path: str | os.PathLike) -> str | io.StringIO:
+    """What ASE should read from: the path, or the decompressed text.
+
+    Pitfall: ASE's reader jumps back and forth in the file, and a compressed stream starts over at each jump back
+    (measured: 55 s instead of 0.4 s for 739 frames in .xz).
+    """
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opener = openers.get(Path(path).suffix.lower())
+    if opener is None:
+        return os.fspath(path)
+    with opener(path, "rt", encoding="utf-8") as stream:
+        return io.StringIO(stream.read())
 
 
 def write_extxyz(

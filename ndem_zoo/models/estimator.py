@@ -299,7 +299,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
     def _resolve(self) -> dict[str, Any]:
         """All settings: the preset's, replaced by what was given."""
         values = preset_values(self.preset)
-        own = {name: value for name, value in self.get_params(deep=False).items() if value is not None and name in values}
+        own = {
+            name: value for name, value in self.get_params(deep=False).items() if value is not None and name in values
+        }
         merged = values | own
         backbone = merged.pop("backbone").get(self.backbone_name, {}) | (self.backbone_options or {})
         options = merged.pop("objectives").get(self.objective, {}) | (self.objective_options or {})

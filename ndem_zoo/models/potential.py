@@ -125,7 +125,9 @@ class Potential(nn.Module):
             prediction = self._evaluate(batch.replace(pos=pos), node_vectors, need_forces=False)
             forces = forces_from_energy(prediction.energy, pos, create_graph)
         if not create_graph:
-            prediction = Prediction(prediction.energy.detach(), None, Features(*(_detach(f) for f in prediction.features)))
+            prediction = Prediction(
+                prediction.energy.detach(), None, Features(*(_detach(f) for f in prediction.features))
+            )
         return prediction._replace(forces=forces)
 
     def _evaluate(self, batch: Batch, node_vectors: Tensor | None, need_forces: bool) -> Prediction:

@@ -49,7 +49,9 @@ class ExpNormalBasis(nn.Module):
     def forward(self, distance: Float[Tensor, " E"]) -> Float[Tensor, "E K"]:
         """Values of the K radial functions at distances in Å."""
         decay = torch.exp(distance * (-5.0 / self.cutoff)).unsqueeze(-1)  # (E, 1)
-        return cosine_cutoff(distance, self.cutoff).unsqueeze(-1) * torch.exp(-self.betas * (decay - self.means).square())
+        return cosine_cutoff(distance, self.cutoff).unsqueeze(-1) * torch.exp(
+            -self.betas * (decay - self.means).square()
+        )
 
 
 class NeighborEmbedding(nn.Module):

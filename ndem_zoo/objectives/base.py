@@ -126,7 +126,7 @@ class Objective(nn.Module, ABC):
         """Labels that must be present; checked before the first step."""
         return self.supervised.requires | self.extra_requirements
 
-    def build(self, potential: Potential, dataset: Any = None) -> None:  # noqa: B027 (most objectives have no heads)
+    def build(self, potential: Potential, dataset: Any = None) -> None:
         """Make what belongs to the objective alone: once, before the first step.
 
         Parameters
@@ -188,7 +188,9 @@ def check_sigma(sigma: Any) -> None:
     values = tuple(sigma) if isinstance(sigma, (tuple, list)) else (sigma,)
     is_valid = all(isinstance(v, (int, float)) and 0 < v < float("inf") for v in values) and len(values) in (1, 2)
     if not is_valid or (len(values) == 2 and values[0] > values[1]) or (len(values) == 1 and values[0] is not sigma):
-        raise ConfigError(f"sigma={sigma!r}; allowed are a positive number in Å or an ascending pair (min, max) of them")
+        raise ConfigError(
+            f"sigma={sigma!r}; allowed are a positive number in Å or an ascending pair (min, max) of them"
+        )
 
 
 def check_ratio(ratio: Any) -> None:

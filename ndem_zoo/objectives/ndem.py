@@ -88,7 +88,9 @@ class NDeMOptions:
         elif not 0 <= self.grad_main <= 1:
             raise ConfigError(f"grad_main={self.grad_main!r}; a factor must lie between 0 (stop) and 1 (flow)")
         if (self.kappa is not None) != (self.target == "kappa"):
-            raise ConfigError(f"kappa={self.kappa!r} with target={self.target!r}: give kappa (eV/Å²) for target='kappa' only")
+            raise ConfigError(
+                f"kappa={self.kappa!r} with target={self.target!r}: give kappa (eV/Å²) for target='kappa' only"
+            )
         if not self.temperature > 0:
             raise ConfigError(f"temperature={self.temperature!r} K; it must be positive")
 

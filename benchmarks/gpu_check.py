@@ -1,0 +1,162 @@
+"""Does everything work on a GPU, and give what the CPU gives? Agreement, step times and memory, as JSON.
+
+    python -m benchmarks.gpu_check --out benchmarks/results/gpu_check.json
+
+runs from the source tree alone, with no DGL and no DeepChem; ``--device cpu --quick`` is the reduced form that keeps
+the script from rotting where there is no GPU. Exits with 1 if an agreement is worse than its tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ndem_zoo import load_sample
+from ndem_zoo.checkpoint import save_json
+from ndem_zoo.models.estimator import seeded
+from ndem_zoo.models.potential import Potential
+from ndem_zoo.models.torchmd_net import TorchMDNet
+from ndem_zoo.objectives.base import Objective
+from ndem_zoo.registry import OBJECTIVES, lookup
+from ndem_zoo.sampling import collate
+from ndem_zoo.training import Run, TrainSettings
+
+#: Largest difference between CPU and GPU that float32 arithmetic explains, relative to the norm.
+TOLERANCE = 1e-5
+#: Gradients of a force loss pass through two backward passes.
+GRADIENT_TOLERANCE = 1e-4
+SIZES = {"tiny": TorchMDNet.tiny, "md17": {}}
+
+
+def build(options: dict[str, Any], objective: str, dataset: Any) -> tuple[Potential, Objective]:
+    """A potential with reproducible weights, and an objective for it."""
+    scale = float(np.sqrt(np.square(dataset.targets["forces"]).mean()))
+    with seeded(0):
+        potential = Potential(TorchMDNet(**options), scale=scale)
+        term = lookup(OBJECTIVES, objective, "objective")()
+        term.build(potential, dataset)
+    return potential.train(), term
+
+
+class _FixedRng:
+    """Noise drawn on the CPU, so that both devices see the same displacements."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> torch.Generator:
+        self._randn, self._rand = torch.randn, torch.rand
+        generator = torch.Generator().manual_seed(0)
+
+        def on_cpu(draw: Any) -> Any:
+            def wrapped(*args: Any, **options: Any) -> torch.Tensor:
+                return draw(*args, **options | {"generator": generator, "device": "cpu"}).to(self.device)
+
+            return wrapped
+
+        torch.randn, torch.rand = on_cpu(self._randn), on_cpu(self._rand)
+        return generator
+
+    def __exit__(self, *exception: Any) -> None:
+        torch.randn, torch.rand = self._randn, self._rand
+
+
+def terms_and_gradients(
+    potential: Potential, objective: Objective, dataset: Any, n: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Energy, forces, and gradients of the loss for the first n structures, on the CPU in float64."""
+    potential, objective = potential.to(device), objective.to(device)
+    batch = collate(dataset, np.arange(n), potential.backbone.cutoff).to(device)
+    prediction = potential(batch, create_graph=False)
+    with _FixedRng(device) as rng:
+        loss = sum(objective(potential, batch, rng).values())
+    parameters = [p for p in [*potential.parameters(), *objective.parameters()] if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters)
+    network_energy = prediction.energy - potential(batch, need_forces=False).energy.detach().mean()
+    return {
+        "energy": network_energy.detach().double().cpu(),
+        "forces": prediction.forces.detach().double().cpu(),
+        "gradient": torch.cat([g.reshape(-1) for g in gradients]).double().cpu(),
+    }
+
+
+def agreement(dataset: Any, device: torch.device, sizes: list[str], n: int) -> list[dict[str, Any]]:
+    """Relative differences |gpu - cpu| / |cpu| for each size and objective."""
+    rows = []
+    for size in sizes:
+        for name in OBJECTIVES:
+            potential, objective = build(SIZES[size], name, dataset)
+            reference = terms_and_gradients(potential, objective, dataset, n, torch.device("cpu"))
+            found = terms_and_gradients(potential, objective, dataset, n, device)
+            error = {k: float((found[k] - v).norm() / v.norm()) for k, v in reference.items()}
+            ok = max(error["energy"], error["forces"]) <= TOLERANCE and error["gradient"] <= GRADIENT_TOLERANCE
+            rows.append({"size": size, "objective": name, "ok": ok, **error})
+    return rows
+
+
+def step_times(
+    dataset: Any, device: torch.device, size: str, batch_sizes: list[int], steps: int
+) -> list[dict[str, Any]]:
+    """Median time of a training step, data path included, and peak memory; one step is made with waiting forbidden."""
+    rows = []
+    for name in OBJECTIVES:
+        for n in batch_sizes:
+            potential, objective = build(SIZES[size], name, dataset)
+            settings = TrainSettings(batch_size=n, max_steps=steps, clip_norm=10.0, ema_decay=0.999, lr=1e-4)
+            run = Run(potential.train(), objective, dataset, None, settings, device)
+            indices = np.arange(n)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            times = []
+            for i in range(steps + 3):
+                begin = time.perf_counter()
+                if device.type == "cuda" and i == 2:
+                    torch.cuda.set_sync_debug_mode("error")
+                run.one_step(indices)
+                if device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - begin)
+            peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None
+            ms = 1e3 * float(np.median(times[3:]))
+            rows.append({"size": size, "objective": name, "batch_size": n, "ms": ms, "peak_MiB": peak})
+    return rows
+
+
+def main() -> int:
+    """Check, time, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny network and few steps")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_check.json"))
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    _, (dataset, _, _), _ = load_sample("aspirin")
+    sizes = ["tiny"] if args.quick else list(SIZES)
+    record = {
+        "command": "python -m benchmarks.gpu_check",
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "agreement": agreement(dataset, device, sizes, 8),
+        "step_times": step_times(
+            dataset, device, sizes[-1], [8] if args.quick else [8, 64, 128], 3 if args.quick else 30
+        ),
+    }
+    save_json(args.out, record)
+    for row in [*record["agreement"], *record["step_times"]]:
+        print(row)
+    failed = [row for row in record["agreement"] if not row["ok"]]
+    if failed:
+        print(f"{len(failed)} of {len(record['agreement'])} agreements are worse than their tolerance", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
