@@ -169,6 +169,18 @@ class State:
     summed_steps: int = 0  # steps since the last row of the history, whose terms `Run.sums` holds
 
 
+class History(list):
+    """Rows of a training, one dict for each validation, and how it ended.
+
+    Attributes
+    ----------
+    interrupted : bool
+        Whether Ctrl-C ended it before its limits.
+    """
+
+    interrupted: bool = False
+
+
 class Run:
     """A training in progress: its parts, and how they are saved and restored."""
 
@@ -379,7 +391,7 @@ def train(
     tensorboard: bool = False,
     progress: bool = True,
     callback: Callable[[dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
+) -> History:
     """Train a potential in place; it ends with the best weights seen.
 
     Parameters
@@ -407,7 +419,7 @@ def train(
 
     Returns
     -------
-    history : list of dict
+    history : History
         One row for each validation; see `Run.validate`.
 
     Raises
@@ -461,11 +473,13 @@ def train(
                 bar.advance(run.state.step, run.state.seconds)
                 if is_last or run.is_over():
                     break
+        history = History(run.state.history)
+        history.interrupted = is_interrupted() and not run.is_over()
     save()
     log.close()
     run.finish()
     potential.eval()
-    return run.state.history
+    return history
 
 
 def validation_metrics(

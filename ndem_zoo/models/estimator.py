@@ -91,6 +91,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         With its own heads.
     history_ : list of dict
         One row for each validation.
+    interrupted_ : bool
+        Whether Ctrl-C ended the last training before its limits.
     reference_ : dict
         Reference energies in eV by chemical symbol.
     resolved_ : dict
@@ -242,9 +244,20 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         max_time: float | None = None,
         callback: Callable[[dict[str, float]], None] | None = None,
     ) -> NDeMModel:
-        """Train on from the present weights (or begin); reference energies and scale stay. See `fit`."""
+        """Train on from the present weights, or begin; see `fit`.
+
+        Reference energies and scale stay. Settings changed by `set_params` since then hold from now on; another
+        objective begins with new heads.
+
+        Raises
+        ------
+        ConfigError
+            If the backbone or the way forces are made was changed, for which only `fit` can build new weights.
+        """
         train_set, valid_set = self._checked(dataset, valid)
-        if not hasattr(self, "potential_"):
+        if hasattr(self, "potential_"):
+            self._rebuild_objective(train_set)
+        else:
             self._build(train_set, None)
         limits = {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time}
         return self._train(train_set, valid_set, limits, callback=callback)
@@ -267,6 +280,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             **options,
         )
         self.history_ = [*getattr(self, "history_", []), *history]
+        self.interrupted_ = history.interrupted
         self.training_data_ = {
             "name": train_set.name,
             "n_train": len(train_set),
@@ -355,6 +369,18 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.potential_, self.objective_ = potential, objective
         self.reference_ = _by_symbol(reference, train_set.z)
         self.history_ = []
+
+    def _rebuild_objective(self, train_set: MolecularDataset) -> None:
+        """Take over changed settings; make the objective anew if it is another one."""
+        before, now = self.resolved_, self._resolve()
+        for name in ("backbone", "forces"):
+            if now[name] != before[name]:
+                raise ConfigError(f"{name} was {before[name]} when the weights were made, and is {now[name]}: call fit")
+        if any(now[name] != before[name] for name in ("objective", "supervised")):
+            self.objective_ = self._make_objective(now)
+            with seeded(self.seed + 1):
+                self.objective_.build(self.potential_, train_set)
+        self.resolved_ = now
 
     def _reference(self, train_set: MolecularDataset) -> np.ndarray:
         """Reference energies in eV by atomic number: given, or fitted."""

@@ -1,0 +1,214 @@
+"""Everything in the registries keeps its contract: one test for each probe and entry (see `ndem_zoo.testing`).
+
+A new entry is tested without writing a test here; only a dataset needs a small raw file, in DATASET_CASES, and a
+backbone its golden numbers (scripts/make_golden_backbones.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ndem_zoo import testing
+from ndem_zoo.datasets.base import MolecularDataset
+from ndem_zoo.datasets.extxyz import load_extxyz
+from ndem_zoo.datasets.md17 import load_md17
+from ndem_zoo.datasets.sample import load_sample, sample_file
+from ndem_zoo.errors import ConfigError
+from ndem_zoo.models.torchmd_net import EquivariantAttention, TorchMDNet
+from ndem_zoo.objectives.ndem import NDeM
+from ndem_zoo.registry import BACKBONES, DATASETS, OBJECTIVES, lookup
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "backbones_golden.json").read_text(encoding="utf-8"))
+
+
+def name_of(value: object) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+def objective_pairs() -> list[tuple[str, testing.common.Probe]]:
+    """Names and probes of all objectives."""
+    return [(name, p) for name in OBJECTIVES for p in testing.objective_probes(lookup(OBJECTIVES, name, "objective"))]
+
+
+@pytest.mark.parametrize("probe", testing.BACKBONE_PROBES, ids=name_of)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbone(name, probe):
+    probe(testing.BackboneCase.of(name, golden=GOLDEN.get(name)))
+
+
+def test_every_backbone_has_golden_numbers():
+    assert set(GOLDEN) == set(BACKBONES), "run scripts/make_golden_backbones.py"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("probe", testing.BACKBONE_PROBES, ids=name_of)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbone_on_cuda(name, probe):
+    pytest.importorskip("torch").cuda.is_available() or pytest.skip("there is no CUDA device")
+    probe(testing.BackboneCase.of(name, device="cuda", golden=GOLDEN.get(name)))
+
+
+@pytest.mark.parametrize(("name", "probe"), objective_pairs(), ids=name_of)
+def test_objective(name, probe):
+    probe(testing.ObjectiveCase.of(name))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("name", "probe"), objective_pairs(), ids=name_of)
+def test_objective_on_cuda(name, probe):
+    pytest.importorskip("torch").cuda.is_available() or pytest.skip("there is no CUDA device")
+    probe(testing.ObjectiveCase.of(name, device="cuda"))
+
+
+# ------------------------------------------------------------------------------------------------------------- datasets
+
+#: By definition of the units: 4184 J/kcal over the Faraday constant 96485.33212 C/mol.
+EV_PER_KCAL_PER_MOL = 0.0433641042
+
+
+def md17_case(folder: Path, revised: bool) -> testing.DatasetCase:
+    """Twelve frames of three atoms in the layout of (r)MD17, in kcal/mol."""
+    rng = np.random.default_rng(5)
+    pos = np.array([[0.0, 0.0, 0.1], [0.0, 0.8, -0.5], [0.0, -0.8, -0.5]]) + 0.1 * rng.normal(size=(12, 3, 3))
+    energy, forces = -47_000 + rng.normal(size=12), 20 * rng.normal(size=(12, 3, 3))
+    names = ("nuclear_charges", "coords", "energies", "forces") if revised else ("z", "R", "E", "F")
+    columns = (np.array([8, 1, 1], dtype=np.uint8), pos, energy if revised else energy[:, None], forces)
+    file = "rmd17_ethanol.npz" if revised else "md17_ethanol.npz"
+    np.savez(folder / file, **dict(zip(names, columns, strict=True)))
+    return testing.DatasetCase(
+        name="rMD17" if revised else "MD17",
+        load=lambda seed: load_md17("ethanol", revised, 6, 2, seed, data_dir=folder, download=False),
+        row=4,
+        positions=pos[4],
+        energy=float(energy[4]) * EV_PER_KCAL_PER_MOL,
+        forces=forces[4] * EV_PER_KCAL_PER_MOL,
+        train_rows=[8, 11, 4, 7, 5, 0],
+    )
+
+
+def extxyz_case(folder: Path) -> testing.DatasetCase:
+    """Eight frames as text, in eV, with numbers that can be read off."""
+    frames = []
+    for i in range(8):
+        comment = f'Properties=species:S:1:pos:R:3:forces:R:3 energy={-14.25 - i} pbc="F F F"'
+        atoms = [f"O 0.0 0.0 0.{i + 1} 0.5 -0.25 0.{i}", f"H 0.0 0.75 -0.5 -0.5 0.25 -0.{i}"]
+        frames += ["2", comment, *atoms]
+    (folder / "frames.xyz").write_text("\n".join(frames) + "\n", encoding="utf-8")
+    return testing.DatasetCase(
+        name="extxyz",
+        load=lambda seed: load_extxyz(folder / "frames.xyz", 4, 2, seed),
+        row=5,
+        positions=np.array([[0.0, 0.0, 0.6], [0.0, 0.75, -0.5]]),
+        energy=-19.25,
+        forces=np.array([[0.5, -0.25, 0.5], [-0.5, 0.25, -0.5]]),
+        train_rows=[5, 0, 1, 4],
+    )
+
+
+def sample_case(folder: Path) -> testing.DatasetCase:
+    """The embedded aspirin frames, read with numpy alone."""
+    with np.load(sample_file("aspirin")) as raw:
+        positions, energy, forces = raw["R"][9], raw["E"][9].item(), raw["F"][9]
+    train = [167, 184, 23, 9, 121, 286, 18, 87, 10, 6, 105, 51]
+    return testing.DatasetCase(
+        name="sample",
+        load=lambda seed: load_sample("aspirin", len(train), 5, seed),
+        row=9,
+        positions=positions,
+        energy=energy * EV_PER_KCAL_PER_MOL,
+        forces=forces * EV_PER_KCAL_PER_MOL,
+        train_rows=train,
+    )
+
+
+DATASET_CASES: dict[str, Callable[[Path], testing.DatasetCase]] = {
+    "md17": lambda folder: md17_case(folder, revised=False),
+    "md17 revised": lambda folder: md17_case(folder, revised=True),
+    "extxyz": extxyz_case,
+    "sample": sample_case,
+}
+
+
+@pytest.mark.filterwarnings("ignore::ndem_zoo.errors.DataWarning")
+@pytest.mark.parametrize("probe", testing.DATASET_PROBES, ids=name_of)
+@pytest.mark.parametrize("name", DATASET_CASES)
+def test_dataset(name, probe, tmp_path):
+    probe(DATASET_CASES[name](tmp_path))
+
+
+def test_every_dataset_has_a_case():
+    assert {name.split()[0] for name in DATASET_CASES} == set(DATASETS)
+
+
+# --------------------------------------------------------------------------- the checks themselves: broken things do fail
+
+
+class SumsOfPositions(TorchMDNet):
+    """A backbone with a bug: scalars see absolute positions."""
+
+    def forward(self, batch, node_vectors=None):
+        features = super().forward(batch, node_vectors)
+        return features._replace(scalars=features.scalars + 0.01 * batch.pos.sum(-1, keepdim=True))
+
+
+class MisspelledDetach(NDeM):
+    """An objective with a bug: F(X) is never detached."""
+
+    def reference_forces(self, potential, clean, batch, like):
+        return (clean.forces / potential.scale).to(like.dtype)
+
+
+def test_check_backbone_lists_all_failures():
+    with pytest.raises(AssertionError) as info:
+        testing.check_backbone(SumsOfPositions)
+    message = str(info.value)
+    assert message.startswith("SumsOfPositions fails ")
+    for probe in ("rotation", "reflection", "translation"):
+        assert f"\n{probe}: AssertionError: " in message
+    assert "\nbatching:" not in message
+
+
+def test_check_backbone_passes_and_skips():
+    case = {"vector_cutoff": False}
+    testing.check_backbone("torchmd_net", case, skip=["smooth_cutoff"])
+    with pytest.raises(AssertionError, match=r"1 of \d+ probes:\nsmooth_cutoff: .*jumps by"):
+        testing.check_backbone("torchmd_net", case)
+    with pytest.raises(ConfigError, match="skip='smoth_cutoff' is no probe; there are constructor, shapes"):
+        testing.check_backbone("torchmd_net", skip=["smoth_cutoff"])
+
+
+def test_check_objective_catches_a_missing_detach():
+    with pytest.raises(AssertionError, match="main_head_gradient: .*'stop'"):
+        testing.check_objective(MisspelledDetach)
+
+
+def test_check_dataset_catches_a_missing_conversion(tmp_path):
+    case = extxyz_case(tmp_path)
+    known = {name: getattr(case, name) for name in ("row", "positions", "train_rows", "energy", "forces")}
+    testing.check_dataset(case.load, **known)
+    with pytest.raises(AssertionError, match=r"fails 1 of 9 probes:\nunits: .*energy -19.25 eV"):
+        testing.check_dataset(case.load, **{**known, "energy": -19.25 * EV_PER_KCAL_PER_MOL})
+
+    def rounded(seed):
+        tasks, parts, transformers = case.load(seed)
+        parts = [MolecularDataset(**{**p.columns(), "pos": p.pos.astype(np.float32)}, ids=p.ids) for p in parts]
+        return tasks, tuple(parts[:1] * 3), transformers
+
+    with pytest.raises(AssertionError, match="disjoint_splits: .*2 structures|disjoint_splits: .*are in two parts"):
+        testing.check_dataset(rounded, **known)
+
+
+def test_filled_weights_do_not_depend_on_the_random_state():
+    layers = [testing.fill_weights(EquivariantAttention(8, 2, 4, 5.0, True)) for _ in range(2)]
+    for (name, one), two in zip(layers[0].state_dict().items(), layers[1].state_dict().values(), strict=True):
+        assert one.equal(two), name
+    # Two entries by hand: sin(0.7 k² + k + m) sqrt(2 / columns), m the checksum of "k_proj.weight" modulo 1000.
+    weight = layers[0].k_proj.weight
+    expected = [np.sin(0.7 * k * k + k + 329) * np.sqrt(2 / 8) for k in (0, 9)]
+    assert weight[0, 0].item() == pytest.approx(expected[0], rel=1e-6)
+    assert weight[1, 1].item() == pytest.approx(expected[1], rel=1e-6)
