@@ -79,7 +79,7 @@ def run_one(task: dict[str, Any]) -> dict[str, Any]:
     return task | {"wall_s": wall, "cpu_s": cpu, "test": errors, "history": history}
 
 
-def measure_step_times(molecule: str, data_dir: str, device: str, rounds: int = 9, steps: int = 40) -> dict[str, Any]:
+def measure_step_times(molecule: str, data_dir: str, device: str, rounds: int = 9, steps: int = 12) -> dict[str, Any]:
     """Relative cost of a step of each objective: interleaved rounds, median of the per-round ratios to supervised."""
     import torch
 
@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--budget", choices=["both", "steps", "time"], default="both")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--deadline", type=float, default=None, help="begin no run that would not end within so many s")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=None, help="record to write and to continue (JSON)")
     args = parser.parse_args()
@@ -218,13 +219,24 @@ def main() -> None:
         print(json.dumps(record["step_times"], indent=1), flush=True)
     done = {key(run) for run in record["runs"]}
     tasks = [task for task in plan(args, record["step_times"]) if key(task) not in done]
+    begin, slowdown = time.monotonic(), 1.3  # a busy machine is slower than the quiet one that was measured
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        for future in concurrent.futures.as_completed([pool.submit(run_one, task) for task in tasks]):
-            run = future.result()
-            del run["data_dir"]
-            record["runs"] = sorted([*record["runs"], run], key=key)
-            save_json(out, record)
-            print(key(run), f"{run['test']['forces_mae_kcal']:.4f} kcal/mol/Å, {run['wall_s']:.0f} s", flush=True)
+        running: set[concurrent.futures.Future] = set()
+        while tasks or running:
+            while tasks and len(running) < args.jobs:
+                task = tasks.pop(0)
+                expected = slowdown * task["steps"] * record["step_times"][task["objective"]]["ms"] / 1e3
+                if args.deadline is None or time.monotonic() - begin + expected < args.deadline:
+                    running.add(pool.submit(run_one, task))
+            finished, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in finished:
+                run = future.result()
+                del run["data_dir"]
+                per_step = 1e3 * run["wall_s"] / run["steps"]
+                slowdown = max(slowdown, per_step / record["step_times"][run["objective"]]["ms"])
+                record["runs"] = sorted([*record["runs"], run], key=key)
+                save_json(out, record)
+                print(key(run), f"{run['test']['forces_mae_kcal']:.4f} kcal/mol/Å, {run['wall_s']:.0f} s", flush=True)
     write_text(out.with_suffix(".md"), table(record))
     print(table(record))
 
