@@ -6,7 +6,6 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.DELETE_ON_ERROR:
 
 # The first Python 3.11 on the path; if there is none, python3, which setup_env.py refuses with a message.
 PYTHON ?= $(shell for p in python3.11 python3 python; do \

@@ -12,9 +12,8 @@ from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
-VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "ndem_zoo" / "_version.py").read_text(encoding="utf-8")).group(
-    1
-)
+VERSION_FILE = HERE / "ndem_zoo" / "_version.py"
+VERSION = re.search(r'"([0-9][^"]*)"', VERSION_FILE.read_text(encoding="utf-8")).group(1)
 
 CORE = [
     "torch>=2.1",

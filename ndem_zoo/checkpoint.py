@@ -48,6 +48,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
+        os.chmod(temporary, 0o755)  # as other new folders; mkdtemp's are for the owner alone
         _sync(temporary)
         old = path.with_name(path.name + ".old")
         if path.exists():

@@ -312,8 +312,8 @@ def make_batch(
     src, dst, shift, radius = edges_of(pos, counts, cutoff, cell, pbc)
     rows = np.zeros((len(counts), 3, 3)) if cell is None or pbc is None else np.where(pbc[:, :, None], cell, 0.0)
     return Batch(
-        z=torch.as_tensor(np.asarray(z, dtype=np.int64)),
-        pos=torch.as_tensor(np.asarray(pos), dtype=dtype),
+        z=torch.from_numpy(np.array(z, dtype=np.int64)),
+        pos=torch.from_numpy(np.array(pos)).to(dtype),  # a copy: columns of datasets are read-only
         src=torch.from_numpy(src),
         dst=torch.from_numpy(dst),
         shift=torch.zeros((len(src), 3), dtype=dtype) if shift is None else torch.as_tensor(shift, dtype=dtype),
@@ -411,7 +411,7 @@ def to_dgl(
     dgl = import_dgl()
     n = len(z)
     graph = dgl.graph((torch.as_tensor(src), torch.as_tensor(dst)), num_nodes=n)
-    graph.ndata["Z"] = torch.as_tensor(np.asarray(z, dtype=np.int64))
+    graph.ndata["Z"] = torch.from_numpy(np.array(z, dtype=np.int64))
     graph.ndata["R"] = torch.as_tensor(np.array(pos, dtype=np.float64))
     graph.edata["shift"] = torch.as_tensor(np.asarray(shift, dtype=np.float64))
     if forces is not None:
@@ -448,7 +448,11 @@ def from_dgl(graphs: DGLGraph | Sequence[DGLGraph], cutoff: float, dtype: torch.
             raise DataError(f"the graph has no ndata['{name}']; it has {sorted(graph.ndata)}")
     src, dst = graph.edges()
     shift = graph.edata.get("shift", torch.zeros(len(src), 3, device=src.device)).to(dtype)
-    if bool(((src == dst) & (shift == 0).all(-1)).any()):
+    is_loop = src == dst
+    if "cell" in graph.ndata:  # an edge to an image of the atom itself is none
+        is_loop = is_loop & (shift == 0).all(-1)
+    # Pitfall: dgl.add_self_loop gives its edges a shift of ones, so the shift alone does not tell.
+    if bool(is_loop.any()):
         raise DataError("the graph has self-loops; remove them with dgl.remove_self_loop, the models add their own")
     counts = graph.batch_num_nodes()
     first = torch.cumsum(counts, 0) - counts

@@ -109,7 +109,11 @@ def simulate(
     energy, forces, pos = np.empty((frames, 1)), np.empty((frames, len(atoms), 3)), np.empty((frames, len(atoms), 3))
     for i in range(frames):
         dynamics.run(stride)
-        energy[i], forces[i], pos[i] = atoms.get_potential_energy() / KCAL, atoms.get_forces() / KCAL, atoms.positions
+        energy[i], forces[i], pos[i] = (
+            atoms.get_potential_energy() / KCAL,
+            atoms.get_forces(apply_constraint=False) / KCAL,
+            atoms.positions,
+        )
     arrays = {"E": energy, "F": forces, "R": pos, "z": atoms.numbers.astype(np.uint8)}
     texts = {
         "name": f"{molecule}_gfn2",

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ndem_zoo import testing
-from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.datasets.extxyz import load_extxyz
 from ndem_zoo.datasets.md17 import load_md17
 from ndem_zoo.datasets.sample import load_sample, sample_file
@@ -24,6 +24,9 @@ from ndem_zoo.objectives.ndem import NDeM
 from ndem_zoo.registry import BACKBONES, DATASETS, OBJECTIVES, lookup
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "backbones_golden.json").read_text(encoding="utf-8"))
+
+#: Where the contracts are checked.
+DEVICES = ["cpu", *[pytest.param("cuda", marks=pytest.mark.cuda)] * torch.cuda.is_available()]
 
 
 def name_of(value: object) -> str:
@@ -37,32 +40,19 @@ def objective_pairs() -> list[tuple[str, testing.common.Probe]]:
 
 @pytest.mark.parametrize("probe", testing.BACKBONE_PROBES, ids=name_of)
 @pytest.mark.parametrize("name", BACKBONES)
-def test_backbone(name, probe):
-    probe(testing.BackboneCase.of(name, golden=GOLDEN.get(name)))
+@pytest.mark.parametrize("device", DEVICES)
+def test_backbone(device, name, probe):
+    probe(testing.BackboneCase.of(name, device=device, golden=GOLDEN.get(name)))
 
 
 def test_every_backbone_has_golden_numbers():
     assert set(GOLDEN) == set(BACKBONES), "run scripts/make_golden_backbones.py"
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("probe", testing.BACKBONE_PROBES, ids=name_of)
-@pytest.mark.parametrize("name", BACKBONES)
-def test_backbone_on_cuda(name, probe):
-    pytest.importorskip("torch").cuda.is_available() or pytest.skip("there is no CUDA device")
-    probe(testing.BackboneCase.of(name, device="cuda", golden=GOLDEN.get(name)))
-
-
 @pytest.mark.parametrize(("name", "probe"), objective_pairs(), ids=name_of)
-def test_objective(name, probe):
-    probe(testing.ObjectiveCase.of(name))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize(("name", "probe"), objective_pairs(), ids=name_of)
-def test_objective_on_cuda(name, probe):
-    pytest.importorskip("torch").cuda.is_available() or pytest.skip("there is no CUDA device")
-    probe(testing.ObjectiveCase.of(name, device="cuda"))
+@pytest.mark.parametrize("device", DEVICES)
+def test_objective(device, name, probe):
+    probe(testing.ObjectiveCase.of(name, device=device))
 
 
 # ------------------------------------------------------------------------------------------------------------- datasets
@@ -183,7 +173,7 @@ def test_check_backbone_passes_and_skips():
 
 
 def test_check_objective_catches_a_missing_detach():
-    with pytest.raises(AssertionError, match="main_head_gradient: .*'stop'"):
+    with pytest.raises(AssertionError, match=r"main_head_gradient: .*'stop'"):
         testing.check_objective(MisspelledDetach)
 
 
@@ -194,13 +184,12 @@ def test_check_dataset_catches_a_missing_conversion(tmp_path):
     with pytest.raises(AssertionError, match=r"fails 1 of 9 probes:\nunits: .*energy -19.25 eV"):
         testing.check_dataset(case.load, **{**known, "energy": -19.25 * EV_PER_KCAL_PER_MOL})
 
-    def rounded(seed):
-        tasks, parts, transformers = case.load(seed)
-        parts = [MolecularDataset(**{**p.columns(), "pos": p.pos.astype(np.float32)}, ids=p.ids) for p in parts]
-        return tasks, tuple(parts[:1] * 3), transformers
+    def leaking(seed):
+        tasks, (train, _, test), transformers = case.load(seed)
+        return tasks, (train, train[:2], test), transformers
 
-    with pytest.raises(AssertionError, match="disjoint_splits: .*2 structures|disjoint_splits: .*are in two parts"):
-        testing.check_dataset(rounded, **known)
+    with pytest.raises(AssertionError, match=r"disjoint_splits: AssertionError: 2 structures are in two parts"):
+        testing.check_dataset(leaking, **known)
 
 
 def test_filled_weights_do_not_depend_on_the_random_state():

@@ -92,9 +92,9 @@ def measure_step_times(molecule: str, data_dir: str, device: str, rounds: int = 
         for name, (objective, options) in OBJECTIVES.items():
             model = NDeMTorchMDNet(**SETTINGS, objective=objective, objective_options=options, device=device)
             model.fit(train, max_steps=5)  # warm-up
-            begin = time.perf_counter()
+            begin = time.process_time()  # of one thread; unlike wall time it does not depend on what else is running
             model.partial_fit(train, max_steps=steps)
-            times[name].append((time.perf_counter() - begin) / steps)
+            times[name].append((time.process_time() - begin) / steps)
     ratios = {n: [a / b for a, b in zip(t, times["supervised"], strict=True)] for n, t in times.items()}
     return {
         n: {

@@ -145,8 +145,7 @@ def _check_cells(dataset: MolecularDataset) -> None:
 
 
 def _check_finite(dataset: MolecularDataset, name: str, values: np.ndarray) -> None:
-    rows = values.reshape(len(values), -1)
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
     if not len(bad):
         return
     row = int(bad[0])

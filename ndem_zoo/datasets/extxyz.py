@@ -77,7 +77,7 @@ def read_extxyz(
     """Read all structures of an extended XYZ file into one dataset; parameters and errors as in `load_extxyz`."""
     try:
         return MolecularDataset.from_atoms(
-            _read_frames(path),
+            read_frames(path),
             energy_key=energy_key,
             forces_key=forces_key,
             incomplete=incomplete,
@@ -87,7 +87,7 @@ def read_extxyz(
         raise DataError(f"{path}: {error}") from error
 
 
-def _read_frames(path: str | os.PathLike) -> list[Atoms]:
+def read_frames(path: str | os.PathLike) -> list[Atoms]:
     """All frames of a file; whatever ASE stumbles over becomes a FileFormatError that names the frame."""
     from ase.io import iread
 
@@ -152,7 +152,7 @@ def write_extxyz(
     frames = [_frame(dataset, i, predictions) for i in range(len(dataset))]
     if not frames:
         raise DataError("there are no structures to write; needed is one or more")
-    _write_atomically(Path(path), frames)
+    write_frames(Path(path), frames)
 
 
 def _frame(dataset: MolecularDataset, index: int, predictions: Mapping[str, Any] | None) -> Atoms:
@@ -188,7 +188,7 @@ def _prediction(predictions: Mapping[str, Any], name: str, index: int, dataset: 
     return forces
 
 
-def _write_atomically(path: Path, frames: list[Atoms]) -> None:
+def write_frames(path: Path, frames: list[Atoms]) -> None:
     """Write under a temporary name in the same folder, flush to the disk, rename."""
     from ase.io import write
 
@@ -198,6 +198,7 @@ def _write_atomically(path: Path, frames: list[Atoms]) -> None:
             write(stream, frames, format="extxyz")
             stream.flush()
             os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)  # as other new files; mkstemp's are for the owner alone
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

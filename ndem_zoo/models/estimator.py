@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -474,6 +474,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         potential = self._fitted()
         structures = as_dataset(dataset)
         check_structures(structures)
+        check_known_elements(structures.z, structures.ptr, self.reference_)
         potential.to(torch_device(self.device))
         return predict_columns(potential, structures, self.resolved_["settings"]["eval_batch_size"]), structures
 
@@ -581,6 +582,31 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             except RuntimeError as error:
                 raise FileFormatError(f"the saved weights do not fit the saved configuration: {error}") from error
         self.resolved_, self.potential_, self.objective_ = resolved, potential.eval(), objective
+
+
+def check_known_elements(z: np.ndarray, ptr: np.ndarray, known: Iterable[str]) -> None:
+    """Raise DataError for an element that a model has not seen: its weights and reference energy would mean nothing.
+
+    Parameters
+    ----------
+    z : (A,)
+        Atomic numbers.
+    ptr : (S + 1,)
+        Where each structure begins and ends.
+    known
+        Chemical symbols of the training data.
+    """
+    from ase.data import atomic_numbers, chemical_symbols
+
+    known = sorted(atomic_numbers[symbol] for symbol in known)
+    bad = np.flatnonzero(~np.isin(z, known))
+    if len(bad):
+        index = int(np.searchsorted(ptr, bad[0], side="right") - 1)
+        names = ", ".join(chemical_symbols[number] for number in known)
+        raise DataError(
+            f"structure {index}: atom {bad[0] - ptr[index]} is {chemical_symbols[z[bad[0]]]}, which the model has not been "
+            f"trained on; it knows {names}"
+        )
 
 
 def torch_device(name: str) -> torch.device:

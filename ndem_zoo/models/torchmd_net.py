@@ -97,9 +97,12 @@ class EquivariantAttention(nn.Module):
         _reset_linear(self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.vec_proj, self.dk_proj, self.dv_proj)
 
     def forward(
-        self, x: Tensor, vec: Tensor, src: Tensor, dst: Tensor, unit: Tensor, distance: Tensor, rbf: Tensor
+        self, x: Tensor, vec: Tensor | None, src: Tensor, dst: Tensor, unit: Tensor, distance: Tensor, rbf: Tensor
     ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N 3 C"]]:
-        """Changes of scalars (N, C) and vectors (N, 3, C); edges include self-loops with unit vector 0."""
+        """Changes of scalars (N, C) and vectors (N, 3, C); edges include self-loops with unit vector 0.
+
+        `vec` None stands for zeros, as before the first layer: what they would be multiplied with is not computed.
+        """
         n, heads = x.shape[0], self.num_heads
         width = self.channels // heads  # D: channels of a head
         normed = self.layernorm(x)
@@ -108,28 +111,25 @@ class EquivariantAttention(nn.Module):
         v = self.v_proj(normed).view(n, heads, 3 * width)
         dk = F.silu(self.dk_proj(rbf)).view(-1, heads, width)  # (E, H, D)
         dv = F.silu(self.dv_proj(rbf)).view(-1, heads, 3 * width)  # (E, H, 3D)
-        phi = cosine_cutoff(distance, self.cutoff).view(-1, 1, 1)  # (E, 1, 1)
+        phi = cosine_cutoff(distance, self.cutoff).unsqueeze(-1)  # (E, 1)
+        # Without the vector cutoff, vector messages count in full inside the cutoff; edges beyond it (the skin) never do.
+        vector_phi = phi if self.vector_cutoff else (distance < self.cutoff).to(phi.dtype).unsqueeze(-1)
 
-        attention = F.silu((q.index_select(0, dst) * k.index_select(0, src) * dk).sum(-1, keepdim=True))  # (E, H, 1)
-        value = v.index_select(0, src) * dv
-        if self.vector_cutoff:
-            value = value * phi
-        else:
-            attention = attention * phi
-            value = value * (phi > 0).to(value.dtype)  # edges beyond the cutoff (the skin) do not count
+        attention = F.silu((q.index_select(0, dst) * k.index_select(0, src) * dk).sum(-1)) * phi  # (E, H)
         # Pitfall: the three parts are split inside each head, not off the flat (E, 3C) tensor.
-        scalar, along_vec, along_edge = value.split(width, dim=-1)
-        scalar_message = (scalar * attention).reshape(-1, self.channels)
-        along_vec, along_edge = (part.reshape(-1, 1, self.channels) for part in (along_vec, along_edge))
-        vector_message = vec.index_select(0, src) * along_vec + unit.unsqueeze(-1) * along_edge  # (E, 3, C)
-        x_sum = sum_by_index(scalar_message, dst, n)
-        vec_sum = sum_by_index(vector_message, dst, n)
+        scalar, along_vec, along_edge = (v.index_select(0, src) * dv).split(width, dim=-1)  # 3 x (E, H, D)
+        x_sum = sum_by_index((scalar * attention.unsqueeze(-1)).reshape(-1, self.channels), dst, n)
+        message = (unit * vector_phi).unsqueeze(-1) * along_edge.reshape(-1, 1, self.channels)  # (E, 3, C)
+        if vec is not None:
+            along_vec = along_vec.reshape(-1, self.channels) * vector_phi
+            message = message + vec.index_select(0, src) * along_vec.unsqueeze(1)
+        vec_sum = sum_by_index(message, dst, n)
 
-        vec1, vec2, vec3 = self.vec_proj(vec).split(self.channels, dim=-1)
         o1, o2, o3 = self.o_proj(x_sum).split(self.channels, dim=-1)
-        dx = (vec1 * vec2).sum(dim=1) * o2 + o3
-        dvec = vec3 * o1.unsqueeze(1) + vec_sum
-        return dx, dvec
+        if vec is None:
+            return o3, vec_sum
+        vec1, vec2, vec3 = self.vec_proj(vec).split(self.channels, dim=-1)
+        return (vec1 * vec2).sum(dim=1) * o2 + o3, vec3 * o1.unsqueeze(1) + vec_sum
 
 
 class TorchMDNet(Backbone):
@@ -201,6 +201,9 @@ class TorchMDNet(Backbone):
         )
         self.out_norm = nn.LayerNorm(hidden_channels)
         self.vector_embedding = nn.Parameter(torch.randn(hidden_channels)) if encode_vectors else None
+        if not encode_vectors:  # the vectors are 0 before the first layer: this weight is there, and has no effect
+            for layer in self.attention_layers[:1]:
+                layer.vec_proj.weight.requires_grad_(False)
 
     def forward(self, batch: Batch, node_vectors: Float[Tensor, "N 3"] | None = None) -> Features:
         """Scalars (N, C) and vectors (N, 3, C) of all atoms.
@@ -225,13 +228,15 @@ class TorchMDNet(Backbone):
         distance, rbf = torch.cat([distance, zeros]), torch.cat([rbf, self.distance_expansion(zeros)])
         for layer in self.attention_layers:
             dx, dvec = layer(x, vec, src, dst, unit, distance, rbf)
-            x, vec = x + dx, vec + dvec
+            x, vec = x + dx, dvec if vec is None else vec + dvec
+        if vec is None:  # no layers
+            vec = x.new_zeros(n, 3, self.hidden_channels)
         return Features(self.out_norm(x), vec)
 
-    def _initial_vectors(self, x: Tensor, node_vectors: Tensor | None) -> Float[Tensor, "N 3 C"]:
-        """Zeros, or the encoded vectors of the atoms."""
+    def _initial_vectors(self, x: Tensor, node_vectors: Tensor | None) -> Float[Tensor, "N 3 C"] | None:
+        """The encoded vectors of the atoms; None for zeros."""
         if node_vectors is None:
-            return x.new_zeros(x.shape[0], 3, self.hidden_channels)
+            return None
         if self.vector_embedding is None:
             raise ConfigError("this TorchMDNet takes no node_vectors; build it with encode_vectors=True")
         return node_vectors.to(x.dtype).unsqueeze(-1) * self.vector_embedding

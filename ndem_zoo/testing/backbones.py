@@ -404,22 +404,17 @@ def isolated_atoms(case: BackboneCase) -> None:
 
 def smooth_cutoff(case: BackboneCase) -> None:
     """Catches jumps of energies, forces or vectors, and forces that miss part of the energy, as an atom crosses the cutoff."""
-    start, steps = _crossing(case, -0.3), (1e-4, 1e-5)
-    reach = abs(float(_crossing(case, -0.5).energy - start.energy))
+    reach = abs(float(_crossing(case, -0.5).energy - _crossing(case, -0.3).energy))
     require(reach > 1e-7, f"moving an atom within the cutoff changes the energy by {reach:.1e} only")
-    jumps = {name: [] for name in ("energy", "forces", "vectors")}
-    for step in steps:
-        inside, outside = _crossing(case, -step), _crossing(case, step)
-        for name, found in jumps.items():
-            found.append(float((getattr(outside, name) - getattr(inside, name)).abs().max()))
-        slope = -float(inside.forces[2] @ _CROSSING + outside.forces[2] @ _CROSSING) / 2
-        error = abs(float(outside.energy - inside.energy) / (2 * step) - slope)
-        require(
-            error < 1e-4,
-            f"energy changes at a rate that differs by {error:.1e} eV/Å from the force on the crossing atom",
-        )
-    for name, (coarse, fine) in jumps.items():
+    steps = (1e-4, 1e-5)
+    sides = [(_crossing(case, -step), _crossing(case, step)) for step in steps]
+    for name in ("energy", "forces", "vectors"):
+        coarse, fine = (float((getattr(b, name) - getattr(a, name)).abs().max()) for a, b in sides)
         require(fine < 0.2 * coarse or fine < 1e-9, f"{name} jumps by {fine:.1e} ({coarse:.1e} over ten times the way)")
+    for step, (inside, outside) in zip(steps, sides, strict=True):
+        slope = -float((inside.forces[2] + outside.forces[2]) @ _CROSSING) / 2
+        error = abs(float(outside.energy - inside.energy) / (2 * step) - slope)
+        require(error < 1e-4, f"the energy's slope differs by {error:.1e} eV/Å from the force on the crossing atom")
 
 
 _CROSSING = torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64)

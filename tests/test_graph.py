@@ -1,0 +1,392 @@
+"""`Batch`, edges, and the way to and from DGL, against ASE's neighbor lists and DGL's own message passing."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, fcc111, molecule
+from ase.neighborlist import neighbor_list as ase_neighbor_list
+
+from ndem_zoo import graph
+from ndem_zoo.errors import DataError
+from ndem_zoo.testing import batch_of, waves
+from ndem_zoo.testing.common import distorted, example_cluster, example_crystal, example_molecules
+
+
+def edges_as_set(src, dst, shift) -> set[tuple]:
+    """Edges by their atoms and image shift; fails on duplicates."""
+    edges = [(int(s), int(d), *np.round(v, 6).tolist()) for s, d, v in zip(src, dst, shift, strict=True)]
+    assert len(set(edges)) == len(edges)
+    return {tuple(x + 0.0 for x in e) for e in edges}  # + 0.0 turns -0.0 into 0.0
+
+
+def edges_of_ase(atoms: Atoms, cutoff: float) -> set[tuple]:
+    i, j, image = ase_neighbor_list("ijS", atoms, cutoff)
+    return edges_as_set(j, i, image @ atoms.cell.array)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sums
+
+
+def test_vectors_point_from_center_to_neighbor():
+    atoms = Atoms("HO", [[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
+    batch = batch_of([atoms], 5.0)
+    edge = torch.nonzero((batch.src == 1) & (batch.dst == 0)).item()
+    assert batch.vectors()[edge].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_vectors_include_the_image_shift():
+    batch = batch_of([bulk("Cu", "sc", a=2.5)], 2.6)
+    vectors = batch.vectors()
+    assert sorted(map(tuple, vectors.round(decimals=6).tolist())) == sorted(
+        tuple(sign * 2.5 * np.eye(3)[axis]) for axis in range(3) for sign in (1, -1)
+    )
+
+
+@pytest.mark.dgl
+def test_sum_over_neighbors_is_what_dgl_does():
+    dgl = pytest.importorskip("dgl")
+    import dgl.function as fn
+
+    batch = batch_of(example_molecules(), 5.0, radius=2.0)
+    values = torch.from_numpy(waves((len(batch.src), 4, 2)))
+    g = dgl.graph((batch.src, batch.dst), num_nodes=len(batch.z))
+    g.edata["m"] = values
+    g.update_all(fn.copy_e("m", "m"), fn.sum("m", "h"))
+    ours = graph.sum_over_neighbors(values, batch)
+    torch.testing.assert_close(ours, g.ndata["h"], rtol=1e-14, atol=1e-14)
+    # The values are those of neighbors: with what u sends to v, DGL's src is our neighbor and its dst our center.
+    g.ndata["x"] = torch.arange(len(batch.z), dtype=torch.float64)
+    g.update_all(fn.copy_u("x", "m"), fn.sum("m", "s"))
+    ours = graph.sum_over_neighbors(torch.arange(len(batch.z), dtype=torch.float64)[batch.src], batch)
+    torch.testing.assert_close(ours, g.ndata["s"], rtol=1e-14, atol=1e-14)
+
+
+def test_sums_and_means_over_atoms():
+    batch = batch_of(example_molecules(), 5.0)
+    values = torch.from_numpy(waves((len(batch.z), 3)))
+    pieces = values.split(batch.n_atoms.tolist())
+    torch.testing.assert_close(graph.sum_over_atoms(values, batch), torch.stack([p.sum(0) for p in pieces]))
+    torch.testing.assert_close(graph.mean_over_atoms(values, batch), torch.stack([p.mean(0) for p in pieces]))
+    torch.testing.assert_close(
+        graph.mean_over_atoms(values[:, 0], batch), torch.stack([p[:, 0].mean() for p in pieces])
+    )
+
+
+def test_a_batch_cannot_be_changed():
+    batch = batch_of(example_molecules(), 5.0)
+    with pytest.raises(AttributeError):
+        batch.pos = batch.pos + 1
+    with pytest.raises((AttributeError, TypeError)):  # TypeError: Python issue 90562
+        batch.something_else = 1
+
+
+def test_to_changes_the_geometry_and_keeps_the_labels():
+    batch = batch_of(example_molecules(), 5.0, targets={"energy": np.array([-17000.123456789, 0, 1])})
+    single = batch.to(dtype=torch.float32)
+    assert (single.pos.dtype, single.shift.dtype, single.cell.dtype) == (torch.float32,) * 3
+    assert (single.z.dtype, single.targets["energy"].dtype) == (torch.int64, torch.float64)
+    assert single.targets["energy"][0].item() == -17000.123456789
+    assert batch.pos.dtype == torch.float64
+
+
+def test_make_batch_copies_its_input():
+    pos = np.zeros((2, 3))
+    pos[1] = 1.0
+    z = np.array([1, 6])
+    batch = graph.make_batch(z, pos, np.array([2]), 5.0, dtype=torch.float64)
+    pos[:], z[:] = 7, 7
+    assert batch.pos[0].tolist() == [0, 0, 0]
+    assert batch.z.tolist() == [1, 6]
+
+
+# --------------------------------------------------------------------------------------------------------------- edges
+
+
+@pytest.mark.parametrize("counts", [[1], [3], [2, 2, 2], [1, 4, 2], [5, 1]])
+def test_all_pairs(counts):
+    src, dst = graph.all_pairs(counts)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    expected = {(j, i) for i in range(len(owner)) for j in range(len(owner)) if i != j and owner[i] == owner[j]}
+    assert set(zip(src.tolist(), dst.tolist(), strict=True)) == expected
+    assert len(src) == len(expected)
+    assert (np.diff(dst) >= 0).all(), "sorted by center"
+
+
+@pytest.mark.parametrize("pbc", [(0, 0, 0), (1, 1, 1), (1, 1, 0), (0, 1, 0)])
+@pytest.mark.parametrize(
+    "atoms",
+    [
+        distorted(molecule("CH3CH2OH")),
+        distorted(bulk("NaCl", "rocksalt", a=5.64)),
+        bulk("Cu"),
+        distorted(fcc111("Pt", (2, 2, 3), vacuum=6.0, periodic=True)),
+        Atoms("HHO", [[-7.0, 0.2, 0.1], [12.0, 0.3, 5.0], [0.4, 30.0, -2.0]], cell=[[4, 0, 0], [1, 5, 0], [0, 2, 6]]),
+    ],
+    ids=["molecule", "tilted cell", "one atom", "slab", "outside the cell"],
+)
+@pytest.mark.parametrize("cutoff", [3.3, 6.1])
+def test_neighbor_list_is_that_of_ase(atoms, pbc, cutoff):
+    atoms = atoms.copy()
+    if atoms.cell.rank < 3 and any(pbc):
+        atoms.cell = np.diag([9.0, 10.0, 11.0])
+    atoms.pbc = pbc
+    src, dst, shift = graph.neighbor_list(atoms.positions, cutoff, atoms.cell.array, atoms.pbc)
+    assert edges_as_set(src, dst, shift) == edges_of_ase(atoms, cutoff)
+    assert (np.diff(dst) >= 0).all(), "sorted by center"
+    assert (src.dtype, dst.dtype, shift.dtype) == (np.int64, np.int64, np.float64)
+
+
+def test_small_molecules_get_all_pairs_and_large_ones_a_list():
+    small, large = example_molecules()[0], example_cluster()
+    assert len(large) > graph.ALL_PAIRS_UP_TO
+    assert math.isinf(batch_of([small], 2.0).cutoff)
+    mixed = batch_of([small, large, small], 2.0)
+    assert mixed.cutoff == 2.0
+    offsets = np.cumsum([0, len(small), len(large)])
+    expected = [
+        (s + o, d + o, *v)
+        for atoms, o in zip([small, large, small], offsets, strict=True)
+        for s, d, *v in edges_of_ase(atoms, 2.0)
+    ]
+    assert edges_as_set(mixed.src, mixed.dst, mixed.shift.numpy()) == set(expected)
+
+
+def test_a_batch_of_molecules_and_crystals():
+    crystal, water = example_crystal(), example_molecules()[1]
+    batch = batch_of([crystal, water], 5.0)
+    expected = edges_of_ase(crystal, 5.0) | {(s + 2, d + 2, *v) for s, d, *v in edges_of_ase(water, 5.0)}
+    assert edges_as_set(batch.src, batch.dst, batch.shift.numpy()) == expected
+    np.testing.assert_allclose(batch.cell[0], crystal.cell.array)
+    assert not batch.cell[1].any()
+
+
+def test_no_structures_give_no_edges():
+    batch = graph.make_batch(np.zeros(0), np.zeros((0, 3)), np.zeros(0, dtype=np.int64), 5.0)
+    assert (len(batch.src), batch.n_systems, batch.n_atoms.shape) == (0, 0, (0,))
+
+
+# -------------------------------------------------------------------------------------------------- moving atoms around
+
+
+def test_displace_keeps_all_pairs():
+    batch = batch_of(example_molecules(), 5.0)
+    moved = graph.displace(batch, torch.full_like(batch.pos, 100.0), 5.0)
+    assert moved.src is batch.src
+    torch.testing.assert_close(moved.pos, batch.pos + 100.0)
+
+
+@pytest.mark.parametrize(("size", "kept"), [(0.49, True), (0.51, False)])
+def test_displace_keeps_the_edges_while_the_skin_suffices(size, kept):
+    cluster = example_cluster()
+    batch = batch_of([cluster], 3.0, radius=4.0)  # a skin of 1 Å: two atoms may move by 0.5 Å each
+    epsilon = torch.zeros_like(batch.pos)
+    epsilon[3, 1] = size
+    moved = graph.displace(batch, epsilon, 3.0)
+    assert (moved.src is batch.src) == kept
+    cluster.positions += epsilon.numpy()
+    found = moved.vectors().norm(dim=-1) < 3.0
+    edges = edges_as_set(moved.src[found], moved.dst[found], moved.shift[found].numpy())
+    assert edges == edges_of_ase(cluster, 3.0), "complete up to the cutoff either way"
+    assert moved.cutoff == (4.0 if kept else 3.0)
+
+
+@pytest.mark.parametrize("pbc", [(1, 1, 1), (1, 0, 1)])
+def test_displace_rebuilds_edges_of_crystals(pbc):
+    atoms = distorted(bulk("NaCl", "rocksalt", a=5.64), 0.4)
+    atoms.pbc = pbc
+    batch = batch_of([atoms, example_molecules()[1]], 4.0)
+    epsilon = torch.from_numpy(waves(batch.pos.shape)).requires_grad_()
+    moved = graph.displace(batch, epsilon, 4.0)
+    atoms.positions += epsilon.detach().numpy()[:2]
+    chosen = moved.dst < 2
+    edges = edges_as_set(moved.src[chosen], moved.dst[chosen], moved.shift[chosen].numpy())
+    assert edges == edges_of_ase(atoms, 4.0)
+    lengths = moved.vectors()[chosen].norm(dim=-1).detach().numpy()
+    np.testing.assert_allclose(np.sort(lengths), np.sort(ase_neighbor_list("d", atoms, 4.0)), rtol=1e-12)
+    assert moved.pos.requires_grad, "the graph of the displacement survives"
+
+
+def test_rebuild_edges_for_other_positions():
+    batch = batch_of([example_cluster()], 3.0)
+    shrunk = graph.rebuild_edges(batch, 3.0, pos=batch.pos * 0.8)
+    assert len(shrunk.src) > len(batch.src)
+    assert shrunk.pos.equal(batch.pos * 0.8)
+
+
+# ----------------------------------------------------------------------------------------------------------------- DGL
+
+
+def dgl_graph(atoms: Atoms, cutoff: float = 5.0, **labels):
+    src, dst, shift = graph.neighbor_list(atoms.positions, cutoff, atoms.cell.array, atoms.pbc)
+    return graph.to_dgl(atoms.numbers, atoms.positions, src, dst, shift, cell=atoms.cell.array, pbc=atoms.pbc, **labels)
+
+
+@pytest.fixture
+def dgl():
+    pytest.importorskip("dgl")
+    return graph.import_dgl()
+
+
+@pytest.mark.dgl
+def test_there_and_back(dgl):
+    molecules = example_molecules()
+    labels = [{"energy": -1000.5 * (i + 1), "forces": waves((len(a), 3), i)} for i, a in enumerate(molecules)]
+    graphs = [dgl_graph(a, **label) for a, label in zip(molecules, labels, strict=True)]
+    expected = batch_of(molecules, 5.0, radius=5.0)
+    for given in (graphs, tuple(graphs), dgl.batch(graphs)):
+        batch = graph.from_dgl(given, 5.0, dtype=torch.float64)
+        for name in ("z", "pos", "system", "cell", "fixed", "src", "dst", "shift"):
+            assert getattr(batch, name).equal(getattr(expected, name)), name
+        assert (batch.n_systems, batch.cutoff) == (3, 5.0)
+        assert batch.targets["energy"].tolist() == [-1000.5, -2001.0, -3001.5]
+        assert batch.targets["forces"].equal(torch.from_numpy(np.concatenate([label["forces"] for label in labels])))
+    single = graph.from_dgl(graphs[1], 5.0)
+    assert (single.pos.dtype, single.targets["forces"].dtype, single.n_systems) == (torch.float32, torch.float64, 1)
+
+
+@pytest.mark.dgl
+def test_crystals_survive_batching(dgl):
+    crystal = example_crystal()
+    slab = crystal.copy()
+    slab.pbc = (True, False, True)
+    batch = graph.from_dgl([dgl_graph(crystal), dgl_graph(slab)], 5.0, dtype=torch.float64)
+    np.testing.assert_allclose(batch.cell[0], crystal.cell.array)
+    assert not batch.cell[1][1].any(), "a direction that is not periodic has no cell vector"
+    expected = batch_of([crystal, slab], 5.0)
+    assert edges_as_set(batch.src, batch.dst, batch.shift.numpy()) == edges_as_set(
+        expected.src, expected.dst, expected.shift.numpy()
+    )
+
+
+@pytest.mark.dgl
+def test_graphs_that_cannot_be_used(dgl):
+    g = dgl_graph(example_molecules()[1])
+    for looped in (dgl.add_self_loop(g), dgl.add_self_loop(g, fill_data=0.0)):
+        with pytest.raises(DataError, match="self-loops"):
+            graph.from_dgl(looped, 5.0)
+    with pytest.raises(DataError, match="self-loops"):
+        graph.from_dgl(dgl.add_self_loop(dgl_graph(example_crystal()), fill_data=0.0), 5.0)
+    for name in ("Z", "R"):
+        lacking = g.clone()
+        del lacking.ndata[name]
+        with pytest.raises(DataError, match=rf"no ndata\['{name}'\]"):
+            graph.from_dgl(lacking, 5.0)
+
+
+@pytest.mark.dgl
+def test_edges_to_own_images_are_no_self_loops(dgl):
+    batch = graph.from_dgl(dgl_graph(bulk("Cu")), 5.0, dtype=torch.float64)
+    assert (batch.src == batch.dst).all()
+    assert batch.vectors().norm(dim=-1).min() > 2.5
+
+
+@pytest.mark.dgl
+def test_is_dgl_graph(dgl):
+    assert graph.is_dgl_graph(dgl_graph(example_molecules()[1]))
+    assert not graph.is_dgl_graph(example_molecules()[1])
+
+
+def run_python(code: str, *folders) -> subprocess.CompletedProcess:
+    """Run code in a fresh interpreter, with folders in front of the path and no user site."""
+    lines = "\n".join(f"sys.path.insert(0, {str(folder)!r})" for folder in folders)
+    command = [sys.executable, "-c", f"import sys\n{lines}\n{textwrap.dedent(code)}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_importing_the_core_does_not_import_dgl():
+    result = run_python("import ndem_zoo.graph; print('dgl' in sys.modules)")
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def fake_dgl(folder, init: str, graphbolt: str | None = None, library: bool = False):
+    """A package `dgl` in `folder`, as DGL 2 is laid out."""
+    package = folder / "dgl"
+    package.mkdir()
+    (package / "__init__.py").write_text(init)
+    if graphbolt is not None:
+        (package / "graphbolt").mkdir()
+        (package / "graphbolt" / "__init__.py").write_text(graphbolt)
+        if library:
+            version = torch.__version__.split("+")[0]
+            (package / "graphbolt" / f"libgraphbolt_pytorch_{version}.so").write_text("")
+    return folder
+
+
+BROKEN_GRAPHBOLT = "raise FileNotFoundError('Cannot find DGL C++ graphbolt library')"
+
+
+def test_a_graphbolt_that_does_not_fit_is_replaced(tmp_path):
+    fake_dgl(tmp_path, "from . import graphbolt\nclass DGLGraph: pass\nworks = True", BROKEN_GRAPHBOLT)
+    result = run_python(
+        """
+        from ndem_zoo.graph import import_dgl
+        dgl = import_dgl()
+        assert dgl.works and import_dgl() is dgl
+        assert not hasattr(dgl.graphbolt, "__wrapped__")
+        try:
+            dgl.graphbolt.ItemSet
+        except ImportError as error:
+            print(error)
+        """,
+        tmp_path,
+    )
+    assert "dgl.graphbolt.ItemSet is not available" in result.stdout, result.stderr
+
+
+def test_without_the_guard_that_import_fails(tmp_path):
+    fake_dgl(tmp_path, "from . import graphbolt", BROKEN_GRAPHBOLT)
+    assert "Cannot find DGL C++ graphbolt library" in run_python("import dgl", tmp_path).stderr
+
+
+def test_a_dgl_without_graphbolt_is_left_alone(tmp_path):
+    fake_dgl(tmp_path, "import sys\nclean = 'dgl.graphbolt' not in sys.modules")
+    result = run_python("from ndem_zoo.graph import import_dgl; print(import_dgl().clean)", tmp_path)
+    assert result.stdout.strip() == "True", result.stderr
+
+
+def test_a_graphbolt_that_fits_is_used(tmp_path):
+    fake_dgl(tmp_path, "from . import graphbolt", "genuine = True", library=True)
+    (tmp_path / "torchdata").mkdir()
+    (tmp_path / "torchdata" / "__init__.py").write_text("")
+    (tmp_path / "torchdata" / "datapipes.py").write_text("")
+    result = run_python("from ndem_zoo.graph import import_dgl; print(import_dgl().graphbolt.genuine)", tmp_path)
+    assert result.stdout.strip() == "True", result.stderr
+
+
+def test_a_dgl_that_fails_otherwise_leaves_no_stand_in(tmp_path):
+    fake_dgl(tmp_path, "raise OSError('broken library')", BROKEN_GRAPHBOLT)
+    result = run_python(
+        """
+        from ndem_zoo.graph import import_dgl
+        try:
+            import_dgl()
+        except OSError as error:
+            print(error, 'dgl.graphbolt' in sys.modules)
+        """,
+        tmp_path,
+    )
+    assert result.stdout.strip() == "broken library False", result.stderr
+
+
+def test_a_missing_dgl_names_the_extra():
+    result = run_python(
+        """
+        import importlib.util
+        import ndem_zoo.graph as graph
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: None if name == "dgl" else find(name, *rest)
+        try:
+            graph.import_dgl()
+        except ImportError as error:
+            print(error)
+        """
+    )
+    assert "pip install 'ndem_zoo[dgl]'" in result.stdout, result.stderr
