@@ -64,23 +64,15 @@ print(f"{model.potential_.n_parameters:,} parameters; reference energies in eV: 
 # `history_` has one row for each validation. Training losses are in units of the network's scale (here the root mean
 # square of the training forces), errors in eV and eV/Å.
 
-# %% tags=["hide-input"]
-import matplotlib.pyplot as plt
+# %%
+from ndem_zoo.plots import learning_curve_figure, parity_figure
 
-history = model.history_
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-steps = [row["step"] for row in history]
-left.semilogy(steps, [row["valid_forces_mae"] for row in history], "o-", label="validation, eV/Å")
-left.semilogy(steps, [row["train_ndem"] for row in history], "s--", label="NDeM term, training")
-left.set(xlabel="step", title="learning curve")
-left.legend()
+learning_curve_figure({"NDeM": model.history_}, against="step")
 
+# %%
 prediction = model.predict(test)
-true = test.targets["forces"].reshape(-1)
-right.plot(true, prediction["forces"].reshape(-1), ".", markersize=1)
-right.plot([true.min(), true.max()], [true.min(), true.max()], "k-", linewidth=0.8)
-right.set(xlabel="true force component, eV/Å", ylabel="predicted", title="1,000 held-out frames")
-figure
+columns = {"energy": prediction["energy"], "forces": prediction["forces"].reshape(-1, 3)}
+parity_figure({"NDeM": columns}, test.targets, test.ptr)
 
 # %% [markdown]
 # ## How good is it?

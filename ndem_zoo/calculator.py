@@ -198,4 +198,3 @@ class NDeMCalculator(Calculator):
         )
         indices = batch.src.numpy(), batch.dst.numpy(), batch.shift.double().numpy()
         return _Edges(structure, batch.to(self.device), *indices)
-

@@ -7,11 +7,12 @@ is not there. Reading never executes code. What the tensors mean is known to the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A new folder to write into; it takes the name `path` only when the block ends without an error.
 
     A folder that had the name before is replaced; should the process die in between, its content is still there under
-    the name ``<path>.old``.
+    the name ``.<name>.<random>.old``.
 
     Raises
     ------
@@ -42,17 +43,16 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     if path.is_file():
         raise FileExistsError(f"{path} is a file; a folder is to be written under this name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = _beside(path, ".tmp")
+    temporary.mkdir()  # Pitfall: tempfile.mkdtemp makes folders for the owner alone, whatever the umask says
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
-        os.chmod(temporary, 0o755)  # as other new folders; mkdtemp's are for the owner alone
         _sync(temporary)
-        old = path.with_name(path.name + ".old")
+        old = _beside(path, ".old")
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(path, old)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -70,22 +70,24 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Write a file whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = _beside(path, ".tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(temporary, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors; shared memory is written once for each name."""
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, str(path))
+    path.chmod(mode)  # Pitfall: some versions of safetensors make files that only their owner can read
 
 
 def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -153,9 +155,12 @@ def remove_old_checkpoints(directory: str | os.PathLike, keep: int) -> None:
 
 
 def remove_leftovers(directory: str | os.PathLike) -> None:
-    """Delete what a killed process left half-written: the temporary folders of `atomic_folder`."""
-    for path in Path(directory).glob(".step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete what a killed process left half-written in the folder of a run."""
+    for pattern in (".step-*.tmp", ".step-*.old"):
+        for path in Path(directory).glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in Path(directory).glob(".history.csv.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def flatten_optimizer(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -174,6 +179,20 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], like: Mapping[str, Any]) 
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = tensor
     return {"state": state, "param_groups": like["param_groups"]}
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """A hidden name in the same folder that nothing else has."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{suffix}")
 
 
 def _sync(path: Path) -> None:

@@ -177,9 +177,7 @@ def run_md(
     return EnergyRecord(np.array(times), np.array(potential), np.array(kinetic), len(atoms), n_dof, ensemble)
 
 
-def _check_options(
-    steps: int, timestep: float, temperature: float, ensemble: str, friction: float, every: int
-) -> None:
+def _check_options(steps: int, timestep: float, temperature: float, ensemble: str, friction: float, every: int) -> None:
     if ensemble not in ENSEMBLES:
         raise ConfigError(f"ensemble={ensemble!r}; allowed are {', '.join(ENSEMBLES)}")
     for name, value in (("steps", steps), ("every", every)):

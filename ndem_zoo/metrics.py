@@ -55,6 +55,16 @@ def error_metrics(
     return metrics
 
 
+def unit_of(name: str) -> str:
+    """Unit of a metric of `error_metrics`: such as ``"eV/Å"``, or ``""`` for a number without unit."""
+    if name.endswith("_cosine"):
+        return ""
+    energy = "kcal/mol" if name.endswith("_kcal") else "eV"
+    if name.startswith("forces_"):
+        return energy + "/Å"
+    return energy + ("/atom" if "_per_atom" in name else "")
+
+
 def _mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
     """Mean cosine between rows; a zero row counts as cosine 0."""
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)

@@ -18,9 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from ndem_zoo.inference import predict_columns
 from ndem_zoo.metrics import error_metrics
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative
+from ndem_zoo.optional import require
 from ndem_zoo.progress import Progress
 from ndem_zoo.sampling import collate, epoch_batches, step_seed
 
@@ -44,6 +47,9 @@ Precision = Literal["32-true", "64-true"]
 
 #: Choice: so many of the newest checkpoints are kept; the one before the newest is there in case a disk fails.
 KEEP_CHECKPOINTS = 2
+
+#: Choice: a checkpoint remembers its data by a hash over at most about so many rows of each column.
+HASHED_ROWS = 100_000
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,11 @@ class TrainSettings:
     clip_norm
         Largest norm of the gradient; None for no clipping.
     ema_decay
-        Decay of the exponential average of the weights, which is then validated, kept and used; None for none.
+        Decay of the exponential average of the weights, which is then validated, kept and used; None or 0 for none.
     nb_epoch, max_steps, max_time
-        Training ends with whichever comes first: passes over the data, steps, seconds. None for no limit.
+        Training ends with whichever comes first: passes over the data, steps, seconds. None for no limit. With
+        `max_time`, the cosine schedule and weight schedules follow the clock where it is ahead of the steps: such a run
+        cannot be repeated bit for bit.
     early_stopping
         Validations without a better validation loss after which training ends; None for never.
     validate_every
@@ -109,21 +117,28 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            if isinstance(value, np.generic):  # from a search over an array, say; JSON has Python's numbers only
+                object.__setattr__(self, name, value.item())
         check_choice("schedule", self.schedule, Schedule)
         check_choice("precision", self.precision, Precision)
-        for name in ("weight_decay", "warmup_steps", "min_lr", "lr"):
+        for name in ("weight_decay", "min_lr", "lr"):
             check_not_negative(name, getattr(self, name))
-        whole = ("batch_size", "eval_batch_size", "nb_epoch", "max_steps", "early_stopping", "validate_every")
-        for name in (*whole, "plateau_patience", "max_time", "clip_norm"):
+        for name in ("batch_size", "eval_batch_size"):
+            check_whole(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "plateau_patience", "seed"):
+            check_whole(name, getattr(self, name), 0)
+        for name in ("nb_epoch", "max_steps", "early_stopping", "validate_every"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 1)
+        for name in ("max_time", "clip_norm"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value!r}; it must be positive")
-            if value is not None and name in whole and value != int(value):
-                raise ConfigError(f"{name}={value!r}; it must be a whole number")
-        if not 0 < self.plateau_factor < 1:
+            if value is not None and not (isinstance(value, Real) and value > 0):
+                raise ConfigError(f"{name}={value!r}; it must be a positive number, or None")
+        if not (isinstance(self.plateau_factor, Real) and 0 < self.plateau_factor < 1):
             raise ConfigError(f"plateau_factor={self.plateau_factor!r}; it must lie between 0 and 1")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ConfigError(f"ema_decay={self.ema_decay!r}; it must lie between 0 and 1")
+        if self.ema_decay is not None and not (isinstance(self.ema_decay, Real) and 0 <= self.ema_decay < 1):
+            raise ConfigError(f"ema_decay={self.ema_decay!r}; it must lie between 0 (no average) and 1")
         if self.nb_epoch is None and self.max_steps is None and self.max_time is None:
             raise ConfigError("nothing ends the training: give nb_epoch, max_steps or max_time")
 
@@ -197,13 +212,14 @@ class Run:
         self.train_set, self.valid_set = train_set, valid_set
         accelerator = "cuda" if device.type == "cuda" else "cpu"
         devices = [device.index or 0] if device.type == "cuda" else 1
-        self.fabric = Fabric(accelerator=accelerator, devices=devices, precision=settings.precision)
+        # Pitfall: Fabric's own "64-true" changes torch's default dtype and rounds the terms to float32 on their way out.
+        self.fabric = Fabric(accelerator=accelerator, devices=devices)
         self.dtype = torch.float64 if settings.precision == "64-true" else torch.float32
         module = TrainStep(potential, objective).to(device, self.dtype)
         trainable = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay, **_fused(device))
         self.module, self.optimizer = self.fabric.setup(module, optimizer)
-        self.ema = _average(potential, settings.ema_decay)
+        self.ema = WeightAverage(potential, settings.ema_decay) if settings.ema_decay else None
         self.rng = torch.Generator(device=device)
         self.state, self.sums, self.best = State(), {}, None
         self.steps_per_epoch = math.ceil(len(train_set) / settings.batch_size)
@@ -262,24 +278,30 @@ class Run:
         Raises
         ------
         TrainingError
-            If a term is not finite.
+            If a term, a weight or an error on the validation data is not finite.
         """
         state = self.state
         row = {"epoch": state.step / self.steps_per_epoch, "step": state.step, "seconds": state.seconds}
         row["lr"] = self.learning_rate()
         row |= {f"train_{name}": float(total) / state.summed_steps for name, total in self.sums.items()}
+        self.check_finite(row)
         self.sums, state.summed_steps = {}, 0
-        for name, value in row.items():
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"{name} is {value} at step {state.step}: the training has diverged; "
-                    f"try a smaller lr (it is {self.settings.lr}), clip_norm, or longer warmup_steps"
-                )
         if self.valid_set is not None:
             row |= validation_metrics(self.evaluated, self.objective, self.valid_set, self.settings.eval_batch_size)
+            self.check_finite(row)
         self._judge(row.get("valid_loss", row["train_loss"]), has_validation=self.valid_set is not None)
         state.history.append(row)
         return row
+
+    def check_finite(self, values: dict[str, float]) -> None:
+        """Raise TrainingError unless these values and all weights are finite."""
+        weights = sum(parameter.detach().double().sum() for parameter in self.module.parameters())
+        for name, value in {**values, "the sum of the weights": float(weights)}.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{name} is {value} at step {self.state.step}: the training has diverged; "
+                    f"try a smaller lr (it is {self.settings.lr}), clip_norm, or longer warmup_steps"
+                )
 
     def _judge(self, loss: float, has_validation: bool) -> None:
         """Lower the learning rate on a plateau; remember the best weights, or without validation data the last."""
@@ -312,14 +334,21 @@ class Run:
         return self.state.step % (self.settings.validate_every or self.steps_per_epoch) == 0
 
     def finish(self) -> None:
-        """Leave the best weights in the potential."""
-        if self.best is not None:
-            self.potential.load_state_dict(self.best)
+        """Leave the best weights in the potential; where nothing was validated, the last."""
+        best = self.evaluated.state_dict() if self.best is None else self.best
+        self.potential.load_state_dict(best)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, directory: Path, fingerprint: dict[str, Any]) -> None:
-        """Write a checkpoint of this moment, whole or not at all, and delete old ones."""
+        """Write a checkpoint of this moment, whole or not at all, and delete old ones.
+
+        Raises
+        ------
+        TrainingError
+            If the training has diverged: a checkpoint from which it can go on is not replaced by one from which it cannot.
+        """
+        self.check_finite({f"the sum of train_{name}": float(total) for name, total in self.sums.items()})
         tensors = {f"optimizer.{k}": v for k, v in files.flatten_optimizer(self.optimizer.state_dict()).items()}
         tensors |= {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"sums.{k}": v for k, v in self.sums.items()}
@@ -329,9 +358,12 @@ class Run:
             tensors |= {f"best.{k}": v for k, v in self.best.items()}
         with files.atomic_folder(files.checkpoint_path(directory, self.state.step)) as folder:
             files.save_tensors(folder / "trainer.safetensors", tensors)
-            files.save_json(
-                folder / "trainer.json", {"fingerprint": fingerprint, "state": _encode(dataclasses.asdict(self.state))}
-            )
+            record = {
+                "fingerprint": fingerprint,
+                "sha256": files.sha256(folder / "trainer.safetensors"),
+                "state": _encode(dataclasses.asdict(self.state)),
+            }
+            files.save_json(folder / "trainer.json", record)
         files.remove_old_checkpoints(directory, KEEP_CHECKPOINTS)
 
     def restore(self, directory: Path, fingerprint: dict[str, Any]) -> bool:
@@ -348,19 +380,18 @@ class Run:
         problems = []
         for path in found:
             try:
-                record = files.load_json(path / "trainer.json")
-                tensors = files.load_tensors(path / "trainer.safetensors")
+                stored, state, tensors = _read_checkpoint(path)
             except (FileFormatError, FileNotFoundError) as error:
                 problems.append(str(error))
                 continue
-            _compare(record["fingerprint"], fingerprint, path)
-            self._load(record["state"], tensors)
+            _compare(stored, fingerprint, path)
+            self._load(state, tensors)
             return True
         if problems:
             raise FileFormatError(f"none of the {len(found)} checkpoints in {directory} can be read: {problems[0]}")
         return False
 
-    def _load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def _load(self, state: State, tensors: dict[str, Tensor]) -> None:
         """Take over what a checkpoint holds."""
 
         def part(name: str) -> dict[str, Tensor]:
@@ -368,7 +399,7 @@ class Run:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
         device = self.fabric.device
-        self.state = State(**_decode(state))
+        self.state = state
         self.module.load_state_dict(part("module"))
         self.optimizer.load_state_dict(files.unflatten_optimizer(part("optimizer"), self.optimizer.state_dict()))
         self.sums = {name: value.to(device) for name, value in part("sums").items()}
@@ -391,6 +422,7 @@ def train(
     tensorboard: bool = False,
     progress: bool = True,
     callback: Callable[[dict[str, float]], None] | None = None,
+    identity: dict[str, Any] | None = None,
 ) -> History:
     """Train a potential in place; it ends with the best weights seen.
 
@@ -416,6 +448,9 @@ def train(
         Whether to show progress.
     callback
         Called with every row of the history.
+    identity
+        What the run depends on besides settings, objective and data, such as the options of the backbone; anything that
+        JSON can hold. A checkpoint of a run with another one is not continued.
 
     Returns
     -------
@@ -425,21 +460,28 @@ def train(
     Raises
     ------
     ConfigError
-        If `directory` holds a run that is not to be resumed, or one with other settings or data.
+        If `directory` holds a run that is not to be resumed, or one with other settings or data; if something is to be
+        written, but there is no `directory`.
+    FileFormatError
+        If there are checkpoints to resume from, but none can be read.
     TrainingError
         If the training diverges.
 
     Notes
     -----
-    Ctrl-C ends the training after the step in progress, as if a limit were reached.
+    Ctrl-C ends the training after the step in progress, as if a limit were reached; a second one aborts it.
     """
+    if checkpoint_every is not None:
+        check_whole("checkpoint_every", checkpoint_every, 1)
+    for name, wanted in (("resume", resume), ("checkpoint_every", checkpoint_every), ("tensorboard", tensorboard)):
+        if wanted and directory is None:
+            raise ConfigError(f"{name}={wanted!r} needs a checkpoint_dir")
     run = Run(potential, objective, train_set, valid_set, settings, device)
-    fingerprint = {"settings": dataclasses.asdict(settings), "data": _data_fingerprint(train_set, valid_set, objective)}
+    fingerprint = _fingerprint(settings, objective, train_set, valid_set, identity or {}) if directory else {}
     if directory is not None:
         _prepare(directory, resume)
         if resume:
             run.restore(directory, fingerprint)
-    log = HistoryLog(directory, tensorboard, run.state.history)
     saved_step = run.state.step or None
 
     def save() -> None:
@@ -451,18 +493,23 @@ def train(
 
     # The steps since a checkpoint are made again; their seconds are not counted twice.
     begin = time.monotonic() - run.state.seconds
-    with Progress(run.total_steps, settings.max_time, enabled=progress) as bar, _interruptible() as is_interrupted:
+    interrupted = False
+    with (
+        contextlib.closing(HistoryLog(directory, tensorboard, run.state.history)) as log,
+        Progress(run.total_steps, settings.max_time, enabled=progress) as bar,
+        _interruptible() as is_interrupted,
+    ):
         potential.train()
-        while not (run.is_over() or is_interrupted()):
+        while not (run.is_over() or interrupted):
             epoch, position = divmod(run.state.step, run.steps_per_epoch)
             for indices in epoch_batches(len(train_set), settings.batch_size, settings.seed, epoch)[position:]:
                 run.one_step(indices)
                 run.state.seconds = time.monotonic() - begin
                 interrupted = is_interrupted()
-                is_last = run.is_over() or interrupted
-                if interrupted and not run.is_validation_due():
+                is_due = run.is_validation_due() or run.is_over()
+                if interrupted and not is_due:
                     save()  # before a validation that the uninterrupted run would not have made
-                if run.is_validation_due() or is_last:
+                if interrupted or is_due:
                     row = run.validate()
                     log.add(row)
                     bar.validated(row)
@@ -471,12 +518,11 @@ def train(
                 if checkpoint_every and run.state.step % checkpoint_every == 0:
                     save()
                 bar.advance(run.state.step, run.state.seconds)
-                if is_last or run.is_over():
+                if interrupted or run.is_over():
                     break
-        history = History(run.state.history)
-        history.interrupted = is_interrupted() and not run.is_over()
-    save()
-    log.close()
+        save()
+    history = History(run.state.history)
+    history.interrupted = interrupted and not run.is_over()
     run.finish()
     potential.eval()
     return history
@@ -503,25 +549,25 @@ class HistoryLog:
 
     def __init__(self, directory: Path | None, tensorboard: bool, rows: list[dict[str, float]]) -> None:
         self._path = None if directory is None else directory / "history.csv"
+        self._rows, self._header = list(rows), _header(rows)
         self._board = None
         if tensorboard:
-            if directory is None:
-                raise ConfigError("tensorboard=True needs a checkpoint_dir to write to")
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(directory / "tensorboard"))
+            board = require("torch.utils.tensorboard", extra="tensorboard")
+            # Rows after the checkpoint that is continued from come again.
+            last = int(rows[-1]["step"]) if rows else 0
+            self._board = board.SummaryWriter(str(directory / "tensorboard"), purge_step=last + 1)
         if self._path is not None:
             write_history(self._path, rows)
 
     def add(self, row: dict[str, float]) -> None:
-        """Append a row."""
-        if self._path is not None:
-            is_new = self._path.stat().st_size == 0
+        """Append a row; the file is written anew when a column is new (a term may begin later than others)."""
+        self._rows.append(row)
+        if self._path is not None and not set(row) <= set(self._header):
+            self._header = _header(self._rows)
+            write_history(self._path, self._rows)
+        elif self._path is not None:
             with self._path.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                if is_new:
-                    writer.writerow(row)
-                writer.writerow(repr(value) for value in row.values())
+                file.write(_line(row, self._header))
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, int(row["step"]))
@@ -533,10 +579,19 @@ class HistoryLog:
 
 
 def write_history(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write a history as CSV; an empty one as an empty file."""
-    lines = [",".join(rows[0])] if rows else []
-    lines += [",".join(repr(value) for value in row.values()) for row in rows]
-    files.write_text(path, "".join(line + "\n" for line in lines))
+    """Write a history as CSV, with an empty cell for what a row lacks; an empty history as an empty file."""
+    header = _header(rows)
+    lines = [",".join(header) + "\n"] if rows else []
+    files.write_text(path, "".join(lines + [_line(row, header) for row in rows]))
+
+
+def _header(rows: list[dict[str, float]]) -> list[str]:
+    """Names of all columns, in the order in which they appear."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _line(row: dict[str, float], header: list[str]) -> str:
+    return ",".join(repr(row[name]) if name in row else "" for name in header) + "\n"
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
@@ -549,7 +604,7 @@ def read_history(path: Path) -> list[dict[str, float]]:
     """
     with path.open(newline="", encoding="utf-8") as file:
         try:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            return [{name: float(value) for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
         except (TypeError, ValueError) as error:
             raise FileFormatError(f"{path} is damaged: {error}") from error
 
@@ -561,7 +616,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield flag.is_set
         return
-    previous = signal.getsignal(signal.SIGINT)
+    previous = signal.getsignal(signal.SIGINT) or signal.SIG_DFL  # None: a handler that is not Python's
 
     def handle(number: int, frame: Any) -> None:
         flag.set()
@@ -575,8 +630,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def _prepare(directory: Path, resume: bool) -> None:
-    """Make the folder; refuse to write over a run that is not to be resumed."""
-    if not resume and files.checkpoints(directory):
+    """Make the folder; refuse to write over a run that is not to be resumed, or over a saved model's history."""
+    if not resume and (files.checkpoints(directory) or (directory / "history.csv").exists()):
         raise ConfigError(f"{directory} holds a training already: pass resume=True to continue it, or another folder")
     directory.mkdir(parents=True, exist_ok=True)
     files.remove_leftovers(directory)
@@ -588,23 +643,30 @@ def _fused(device: torch.device) -> dict[str, bool]:
     return {"fused": True} if device.type == "cuda" or version >= (2, 4) else {}
 
 
-def _average(potential: Potential, decay: float | None) -> AveragedModel | None:
-    """Exponential average of the weights.
+class WeightAverage(AveragedModel):
+    """Exponential average of a potential's weights.
 
     The decay rises as min(decay, (1 + t) / (10 + t)) (Godwin et al., ICLR 2022), so that short trainings do not end in
     an average that still remembers the first draw.
     """
-    if decay is None:
-        return None
 
-    def update(averaged: list[Tensor], current: list[Tensor], number: Tensor) -> None:
-        count = int(number)
-        torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1 + count) / (10 + count)))
+    def __init__(self, potential: Potential, decay: float) -> None:
+        super().__init__(potential)
+        self.decay = decay
 
-    ema = AveragedModel(potential, multi_avg_fn=torch.no_grad()(update))
-    # Pitfall: update_parameters compares this counter every step; on a GPU that would wait for it.
-    ema.n_averaged = ema.n_averaged.cpu()
-    return ema
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take in the weights of a step.
+
+        Pitfall: `AveragedModel.update_parameters` sends its counter to the weights' device and reads it back; on a GPU
+        that would wait for the step to end. Here the counter stays on the CPU.
+        """
+        count = int(self.n_averaged)
+        decay = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1.0 - decay)
+        for averaged, current in zip(self.module.buffers(), model.buffers(), strict=True):
+            averaged.copy_(current)
+        self.n_averaged += 1
 
 
 def _total_steps(settings: TrainSettings, steps_per_epoch: int) -> int | None:
@@ -614,25 +676,82 @@ def _total_steps(settings: TrainSettings, steps_per_epoch: int) -> int | None:
     return min(limits) if limits else None
 
 
-def _data_fingerprint(train_set: MolecularDataset, valid_set: MolecularDataset | None, objective: Objective) -> str:
-    """Hash of what the data and the objective are."""
-    digest = hashlib.sha256()
-    for dataset in (train_set, valid_set):
-        if dataset is not None:
-            digest.update(f"{len(dataset)} {dataset.split_hash}".encode())
-    options = dataclasses.asdict(objective.options)
-    digest.update(json.dumps([type(objective).__name__, objective.weight, options], sort_keys=True).encode())
+def _fingerprint(
+    settings: TrainSettings,
+    objective: Objective,
+    train_set: MolecularDataset,
+    valid_set: MolecularDataset | None,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that the bits of a run depend on, in the form that it has after a way through JSON."""
+    options = {name: getattr(objective, name) for name in ("weight", "weight_schedule")}
+    options |= {"name": type(objective).__name__, "options": dataclasses.asdict(objective.options)}
+    content = {
+        **dataclasses.asdict(settings),
+        **identity,
+        "objective": options,
+        "supervised": dataclasses.asdict(objective.supervised),
+        "training data": _content_hash(train_set),
+        "validation data": None if valid_set is None else _content_hash(valid_set),
+    }
+    return json.loads(json.dumps(content, default=_plain_number))
+
+
+def _plain_number(value: Any) -> Any:
+    """A number of numpy's as one of Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} has no JSON form")
+
+
+def _content_hash(dataset: MolecularDataset) -> str:
+    """Hash of ids, structures and labels; of long columns, of evenly spaced rows."""
+    digest = hashlib.sha256(dataset.split_hash.encode())
+    names = ("ptr", "z", "pos", "cell", "pbc", "fixed")
+    for name, column in {**{name: getattr(dataset, name) for name in names}, **dataset.targets}.items():
+        if column is not None:
+            rows = column[:: max(1, len(column) // HASHED_ROWS)]
+            digest.update(f"{name} {column.shape}".encode())
+            digest.update(np.ascontiguousarray(rows, dtype=np.float64))
     return digest.hexdigest()
 
 
-def _compare(stored: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+def _compare(stored: dict[str, Any], current: dict[str, Any], path: Path, owner: str = "") -> None:
     """Refuse to continue another training than the one that was begun; its limits may be moved."""
     movable = {"nb_epoch", "max_steps", "max_time", "eval_batch_size", "early_stopping"}
-    for name, value in current["settings"].items():
-        if name not in movable and stored["settings"].get(name) != value:
-            raise ConfigError(f"{path} was made with {name}={stored['settings'].get(name)!r}, not {value!r}")
-    if stored["data"] != current["data"]:
-        raise ConfigError(f"{path} was made with other data or another objective; give another checkpoint_dir")
+    for name in [*current, *(name for name in stored if name not in current)]:
+        old, new = stored.get(name), current.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            _compare(old, new, path, f"{owner}{name}.")
+        elif old != new and name.endswith(" data"):
+            raise ConfigError(f"{path} was made with other {name}; give another checkpoint_dir")
+        elif old != new and name not in movable:
+            raise ConfigError(f"{path} was made with {owner}{name}={old!r}, not {new!r}; give another checkpoint_dir")
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Any], State, dict[str, Tensor]]:
+    """Fingerprint, state and tensors of a checkpoint.
+
+    Raises
+    ------
+    FileNotFoundError, FileFormatError
+        If it is not whole.
+    """
+    record = files.load_json(path / "trainer.json")
+    tensors = files.load_tensors(path / "trainer.safetensors")
+    try:
+        stored, digest, state = record["fingerprint"], record["sha256"], State(**_decode(record["state"]))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{path / 'trainer.json'} is not the record of a checkpoint: {error!r}") from error
+    if files.sha256(path / "trainer.safetensors") != digest:
+        raise FileFormatError(f"{path / 'trainer.safetensors'} is damaged: its checksum is not the recorded one")
+    return stored, state, tensors
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raise ConfigError unless `value` is a whole number that is not below `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ConfigError(f"{name}={value!r}; it must be a whole number, {least} or more")
 
 
 def _encode(state: dict[str, Any]) -> dict[str, Any]:

@@ -63,8 +63,10 @@ def test_forces_are_minus_the_derivative_of_the_energy(shared_data, molecule, re
     work = -0.5 * ((forces[a] + forces[b]) * (pos[b] - pos[a])).sum(axis=(1, 2))
     change = dataset.targets["energy"][b] - dataset.targets["energy"][a]
     slope = (work * change).sum() / np.square(work).sum()
-    assert slope == pytest.approx(1.0, abs=0.004)
-    assert (change - slope * work).std() < 0.03 * KCAL  # README of the data: at most 0.022 kcal/mol
+    residual = change - slope * work
+    assert residual.std() < 0.03 * KCAL  # noise of the labels; measured: at most 0.022 kcal/mol
+    # 56 to 242 pairs give 0.9986 to 1.0004; malonaldehyde has 30 pairs with small changes, and 1.009.
+    assert slope == pytest.approx(1.0, abs=0.003 + 4 * residual.std() / np.sqrt(np.square(work).sum()))
     assert change.std() > 0.5 * KCAL
 
 

@@ -51,10 +51,8 @@ def test_vectors_include_the_image_shift():
 
 
 @pytest.mark.dgl
-def test_sum_over_neighbors_is_what_dgl_does():
-    dgl = pytest.importorskip("dgl")
-    import dgl.function as fn
-
+def test_sum_over_neighbors_is_what_dgl_does(dgl):
+    fn = dgl.function
     batch = batch_of(example_molecules(), 5.0, radius=2.0)
     values = torch.from_numpy(waves((len(batch.src), 4, 2)))
     g = dgl.graph((batch.src, batch.dst), num_nodes=len(batch.z))
@@ -227,12 +225,6 @@ def test_rebuild_edges_for_other_positions():
 def dgl_graph(atoms: Atoms, cutoff: float = 5.0, **labels):
     src, dst, shift = graph.neighbor_list(atoms.positions, cutoff, atoms.cell.array, atoms.pbc)
     return graph.to_dgl(atoms.numbers, atoms.positions, src, dst, shift, cell=atoms.cell.array, pbc=atoms.pbc, **labels)
-
-
-@pytest.fixture
-def dgl():
-    pytest.importorskip("dgl")
-    return graph.import_dgl()
 
 
 @pytest.mark.dgl

@@ -106,15 +106,20 @@ def measure_step_times(molecule: str, data_dir: str, device: str, rounds: int = 
     }
 
 
+def equal_time_steps(name: str, steps: int, step_times: dict[str, Any]) -> int:
+    """Steps in the time that the anchor needs for `steps`; the same number where the costs differ by less than 5 %."""
+    scaled = steps * step_times[ANCHOR]["ratio"] / step_times[name]["ratio"]
+    return steps if abs(scaled / steps - 1) < 0.05 else round(scaled)
+
+
 def plan(args: argparse.Namespace, step_times: dict[str, Any]) -> list[dict[str, Any]]:
     """All runs, the longest first."""
     base = {"molecule": args.molecule, "data_dir": args.data_dir, "n_test": args.n_test, "device": args.device}
     tasks = []
     for n_train, seed, name in itertools.product(args.n_train, range(args.seeds), OBJECTIVES):
-        equal_time = round(args.steps * step_times[ANCHOR]["ratio"] / step_times[name]["ratio"])
-        for budget, steps in (("steps", args.steps), ("time", equal_time)):
-            if args.budget not in ("both", budget) or (budget == "time" and name == ANCHOR):
-                continue  # the anchor's two runs are one
+        for budget, steps in (("steps", args.steps), ("time", equal_time_steps(name, args.steps, step_times))):
+            if args.budget not in ("both", budget) or (budget == "time" and steps == args.steps):
+                continue  # the two runs would be one
             tasks.append(base | {"n_train": n_train, "seed": seed, "objective": name, "budget": budget, "steps": steps})
     return sorted(tasks, key=lambda t: -t["steps"] * step_times[t["objective"]]["ratio"])
 
@@ -135,13 +140,12 @@ def table(record: dict[str, Any]) -> str:
         "difference is paired by seed, with its standard error.",
     ]
     for n_train, budget in itertools.product(record["n_train"], ("steps", "time")):
+        steps = dict.fromkeys(OBJECTIVES, record["steps"])
+        if budget == "time":
+            steps = {name: equal_time_steps(name, n, record["step_times"]) for name, n in steps.items()}
         runs = {
             name: [
-                r
-                for r in record["runs"]
-                if r["n_train"] == n_train
-                and r["objective"] == name
-                and r["budget"] in (budget, "steps" if name == ANCHOR else budget)
+                r for r in record["runs"] if (r["n_train"], r["objective"], r["steps"]) == (n_train, name, steps[name])
             ]
             for name in OBJECTIVES
         }

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from ase.data import atomic_numbers, chemical_symbols
 from sklearn.base import BaseEstimator
 
 from ndem_zoo import checkpoint as files
@@ -29,7 +30,7 @@ from ndem_zoo.metrics import error_metrics
 from ndem_zoo.models.base import Backbone, options_of
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.objectives.base import Objective, SupervisedLoss
-from ndem_zoo.physics import fit_reference_energies
+from ndem_zoo.physics import MAX_Z, fit_reference_energies
 from ndem_zoo.presets import preset_values
 from ndem_zoo.training import TrainSettings, read_history, train, write_history
 
@@ -37,6 +38,7 @@ from ndem_zoo.training import TrainSettings, read_history, train, write_history
 FORMAT = 1
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(TrainSettings))
+_MODEL_FILES = {"config.json", "weights.safetensors", "history.csv", "card.md"}
 
 
 class NDeMModel(BaseEstimator):
@@ -221,12 +223,13 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         TrainingError
             If the training diverges.
         """
-        train_set, valid_set = self._checked(dataset, valid)
+        limits = {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time}
+        train_set, valid_set = self._checked(dataset, valid, limits, known=None)
         self._build(train_set, init_from)
         return self._train(
             train_set,
             valid_set,
-            {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time},
+            limits,
             directory=None if checkpoint_dir is None else Path(checkpoint_dir),
             checkpoint_every=checkpoint_every,
             resume=resume,
@@ -253,56 +256,67 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         ------
         ConfigError
             If the backbone or the way forces are made was changed, for which only `fit` can build new weights.
+        DataError
+            If the data contain an element for which there is no reference energy yet.
         """
-        train_set, valid_set = self._checked(dataset, valid)
+        limits = {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time}
+        train_set, valid_set = self._checked(dataset, valid, limits, known=getattr(self, "reference_", None))
         if hasattr(self, "potential_"):
             self._rebuild_objective(train_set)
         else:
             self._build(train_set, None)
-        limits = {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time}
         return self._train(train_set, valid_set, limits, callback=callback)
 
     def _train(
         self, train_set: MolecularDataset, valid_set: MolecularDataset | None, limits: dict[str, Any], **options: Any
     ) -> NDeMModel:
         """Run the loop and keep its history."""
-        values = dict(self.resolved_["settings"])
-        if any(limit is not None for limit in limits.values()):
-            values |= limits
-        history = train(
-            self.potential_,
-            self.objective_,
-            train_set,
-            valid_set,
-            TrainSettings(**values),
-            device=torch_device(self.device),
-            progress=self.progress,
-            **options,
-        )
-        self.history_ = [*getattr(self, "history_", []), *history]
-        self.interrupted_ = history.interrupted
         self.training_data_ = {
             "name": train_set.name,
             "n_train": len(train_set),
             "n_valid": 0 if valid_set is None else len(valid_set),
             "split_hash": train_set.split_hash,
         }
+        identity = {name: self.resolved_[name] for name in ("backbone", "forces", "scale")}
+        history = train(
+            self.potential_,
+            self.objective_,
+            train_set,
+            valid_set,
+            _settings(self.resolved_, limits),
+            device=torch_device(self.device),
+            progress=self.progress,
+            identity=_plain(identity | {"reference_energies": self.reference_energies}),
+            **options,
+        )
+        self.history_ = [*getattr(self, "history_", []), *history]
+        self.interrupted_ = history.interrupted
         return self
 
-    def _checked(self, dataset: Any, valid: Any) -> tuple[MolecularDataset, MolecularDataset | None]:
-        """The data as columns, checked before anything is built or written."""
-        requires = self._make_objective(self._resolve()).requires
+    def _checked(
+        self, dataset: Any, valid: Any, limits: dict[str, Any], known: Iterable[str] | None
+    ) -> tuple[MolecularDataset, MolecularDataset | None]:
+        """The data as columns; they and all settings are checked before anything is built or written.
+
+        Elements must be among `known`, for which there are reference energies; None: those of the training data.
+        """
+        resolved = self._resolve()
+        _settings(resolved, limits)
+        torch_device(self.device)
+        requires = self._make_objective(resolved).requires
         checked = []
         for name, data in (("training", dataset), ("validation", valid)):
             if data is None and name == "validation":
                 checked.append(None)
                 continue
-            columns = as_dataset(data)
-            if len(columns) == 0:
-                raise DataError(f"the {name} set is empty: it must hold at least one structure")
             try:
+                columns = as_dataset(data)
+                if len(columns) == 0:
+                    raise DataError("which is empty: it must hold at least one structure")
                 check_structures(columns)
                 check_targets(columns, requires)
+                known = [chemical_symbols[number] for number in np.unique(columns.z)] if known is None else known
+                check_known_elements(columns.z, columns.ptr, known)
             except DataError as error:
                 raise DataError(f"{name} set, {error}") from error
             checked.append(columns)
@@ -323,6 +337,12 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         settings |= {"precision": self.precision, "seed": self.seed}
         if self.nb_epoch is not None or self.max_steps is not None:
             settings |= {"nb_epoch": self.nb_epoch, "max_steps": self.max_steps}
+        if merged["forces"] == "none" and merged["force_weight"]:
+            if self.force_weight:
+                raise ConfigError(
+                    f"forces='none' with force_weight={self.force_weight!r}: there are no forces to train"
+                )
+            merged["force_weight"] = 0.0
         cls = registry.lookup(registry.BACKBONES, self.backbone_name, "backbone")
         return {
             "settings": settings,
@@ -377,9 +397,12 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             if now[name] != before[name]:
                 raise ConfigError(f"{name} was {before[name]} when the weights were made, and is {now[name]}: call fit")
         if any(now[name] != before[name] for name in ("objective", "supervised")):
+            heads = self.objective_.state_dict()
             self.objective_ = self._make_objective(now)
             with seeded(self.seed + 1):
                 self.objective_.build(self.potential_, train_set)
+            if all(now["objective"][name] == before["objective"][name] for name in ("name", "options")):
+                self.objective_.load_state_dict(heads)  # only weights of terms were changed
         self.resolved_ = now
 
     def _reference(self, train_set: MolecularDataset) -> np.ndarray:
@@ -388,7 +411,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         if self.reference_energies is not None:
             return _reference_from(self.reference_energies, present)
         if "energy" not in train_set.targets:
-            return np.zeros(_reference_size())
+            return np.zeros(MAX_Z + 1)
         return fit_reference_energies(train_set.z, train_set.ptr, train_set.targets["energy"])
 
     @staticmethod
@@ -405,7 +428,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             value = float(np.std(train_set.targets["energy"] - sums))
         else:
             value = 1.0
-        return value if value > 0 else 1.0  # a single structure has no spread
+        return value if value > 1e-8 else 1.0  # a single structure has no spread but rounding errors
 
     # -------------------------------------------------------------------------------------------------- prediction
 
@@ -448,11 +471,14 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         Raises
         ------
         DataError
-            If there are no labels to compare with.
+            If there are no structures, or no labels to compare with, or one of them is not finite.
         ConfigError
             If a metric does not exist; lists those that do.
         """
         columns, structures = self._predict_columns(dataset)
+        if len(structures) == 0:
+            raise DataError("the dataset is empty: it must hold at least one structure")
+        check_targets(structures, {"energy", "forces"} & set(structures.targets))
         found = error_metrics(columns, structures.targets, structures.z, structures.ptr)
         if not found:
             raise DataError("the dataset has neither energies nor forces to compare with")
@@ -499,7 +525,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         """Write the fitted model into a folder: ``config.json``, ``weights.safetensors``, ``history.csv``, ``card.md``.
 
         Nothing is pickled. The folder appears whole or not at all; one that is there already is replaced if it holds a
-        model, and refused if it holds something else.
+        model and nothing else, and refused otherwise.
 
         Raises
         ------
@@ -509,8 +535,10 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             If `path` is a file, or a folder with other content.
         """
         potential, path = self._fitted(), Path(path)
-        if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
-            raise FileExistsError(f"{path} exists and holds no model; nothing was written")
+        present = {item.name for item in path.iterdir()} if path.is_dir() else set()
+        if present and not ("config.json" in present and present <= _MODEL_FILES):
+            other = ", ".join(sorted(present - _MODEL_FILES)) or "no config.json"
+            raise FileExistsError(f"{path} exists and holds something else than a model ({other}); nothing was written")
         tensors = {f"potential.{name}": value for name, value in potential.state_dict().items()}
         tensors |= {f"objective.{name}": value for name, value in self.objective_.state_dict().items()}
         config = {
@@ -558,13 +586,13 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 raise FileFormatError(f"{path} has format {config['format']}; this version reads up to {FORMAT}")
             model_class = registry.lookup(registry.MODELS, config["model"], "model")
             params, resolved = config["params"], config["resolved"]
-        except (KeyError, TypeError) as error:
-            raise FileFormatError(f"{path / 'config.json'} is not the description of a model: {error!r}") from error
-        if not issubclass(model_class, cls):
-            raise FileFormatError(f"{path} holds a {config['model']}, not a {cls.__name__}")
-        model = model_class(**params | ({} if device is None else {"device": device}))
-        model._restore(resolved, files.load_tensors(path / "weights.safetensors"))
-        model.reference_, model.training_data_ = config["reference"], config["training_data"]
+            if not issubclass(model_class, cls):
+                raise FileFormatError(f"{path} holds a {config['model']}, not a {cls.__name__}")
+            model = model_class(**params | ({} if device is None else {"device": device}))
+            model.reference_, model.training_data_ = config["reference"], config["training_data"]
+            model._restore(resolved, files.load_tensors(path / "weights.safetensors"))
+        except (KeyError, TypeError, ConfigError) as error:
+            raise FileFormatError(f"{path / 'config.json'} does not describe a model of ours: {error}") from error
         model.history_ = read_history(path / "history.csv")
         return model
 
@@ -596,8 +624,6 @@ def check_known_elements(z: np.ndarray, ptr: np.ndarray, known: Iterable[str]) -
     known
         Chemical symbols of the training data.
     """
-    from ase.data import atomic_numbers, chemical_symbols
-
     known = sorted(atomic_numbers[symbol] for symbol in known)
     bad = np.flatnonzero(~np.isin(z, known))
     if len(bad):
@@ -619,12 +645,16 @@ def torch_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    allowed = "allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ..."
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r}; allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r}, but torch sees no CUDA device; device='auto' would take the CPU")
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device={name!r}; {allowed}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r}; {allowed}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count() or "no"
+        raise ConfigError(f"device={name!r}, but torch sees {seen} CUDA devices; device='auto' takes what there is")
     return device
 
 
@@ -632,15 +662,24 @@ def torch_device(name: str) -> torch.device:
 def seeded(seed: int) -> Iterator[None]:
     """Draw from torch's global generator with a seed of one's own, and leave it as it was: layers know no other."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # Pitfall: torch.manual_seed would seed the GPUs' generators for good
         yield
+
+
+def _settings(resolved: dict[str, Any], limits: dict[str, Any]) -> TrainSettings:
+    """Settings of a run; where `fit` was given limits, those of the constructor and preset do not hold."""
+    given = any(limit is not None for limit in limits.values())
+    return TrainSettings(**resolved["settings"] | (limits if given else {}))
 
 
 def _copy_weights(source: Potential, target: Potential) -> None:
     """Take over backbone and heads; reference energies and scale stay those of the new data."""
     own = {"reference", "scale"}
     state = {name: value for name, value in source.state_dict().items() if name not in own}
-    result = target.load_state_dict(state, strict=False)
+    try:
+        result = target.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # shapes that differ
+        raise ConfigError(f"init_from has another architecture: {error}") from error
     missing = [name for name in result.missing_keys if name not in own]
     if missing or result.unexpected_keys:
         raise ConfigError(f"init_from has another architecture: missing {missing}, unexpected {result.unexpected_keys}")
@@ -654,17 +693,9 @@ def _per_structure(values: np.ndarray, ptr: np.ndarray) -> np.ndarray | list[np.
     return np.split(values, ptr[1:-1]) if len(counts) else []
 
 
-def _reference_size() -> int:
-    from ndem_zoo.physics import MAX_Z
-
-    return MAX_Z + 1
-
-
 def _reference_from(given: dict[str | int, float], present: np.ndarray) -> np.ndarray:
     """Given reference energies by atomic number; all elements of the data must be there."""
-    from ase.data import atomic_numbers, chemical_symbols
-
-    reference = np.full(_reference_size(), np.nan)
+    reference = np.full(MAX_Z + 1, np.nan)
     for key, value in given.items():
         number = atomic_numbers.get(key) if isinstance(key, str) and not key.isdigit() else int(key)
         if number is None or not 0 < number < len(reference):
@@ -677,8 +708,6 @@ def _reference_from(given: dict[str | int, float], present: np.ndarray) -> np.nd
 
 
 def _by_symbol(reference: np.ndarray, z: np.ndarray) -> dict[str, float]:
-    from ase.data import chemical_symbols
-
     return {chemical_symbols[number]: float(reference[number]) for number in np.unique(z)}
 
 

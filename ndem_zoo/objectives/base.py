@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real  # numpy's numbers too
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -179,14 +180,14 @@ def check_choice(name: str, value: Any, allowed: Any) -> None:
 
 def check_not_negative(name: str, value: float) -> None:
     """Raise ConfigError unless `value` is a number >= 0."""
-    if not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
+    if not (isinstance(value, Real) and 0 <= value < float("inf")):
         raise ConfigError(f"{name}={value!r}; it must be a number >= 0")
 
 
 def check_sigma(sigma: Any) -> None:
     """Raise ConfigError unless `sigma` is a positive number or an ascending pair of them (Å)."""
     values = tuple(sigma) if isinstance(sigma, (tuple, list)) else (sigma,)
-    is_valid = all(isinstance(v, (int, float)) and 0 < v < float("inf") for v in values) and len(values) in (1, 2)
+    is_valid = all(isinstance(v, Real) and 0 < v < float("inf") for v in values) and len(values) in (1, 2)
     if not is_valid or (len(values) == 2 and values[0] > values[1]) or (len(values) == 1 and values[0] is not sigma):
         raise ConfigError(
             f"sigma={sigma!r}; allowed are a positive number in Å or an ascending pair (min, max) of them"
@@ -195,5 +196,5 @@ def check_sigma(sigma: Any) -> None:
 
 def check_ratio(ratio: Any) -> None:
     """Raise ConfigError unless 0 < `ratio` <= 1."""
-    if not (isinstance(ratio, (int, float)) and 0 < ratio <= 1):
+    if not (isinstance(ratio, Real) and 0 < ratio <= 1):
         raise ConfigError(f"ratio={ratio!r}; it must be above 0 and at most 1")

@@ -8,7 +8,7 @@ wherever X lies on the energy surface. Every choice that the paper leaves open i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -85,8 +85,11 @@ class NDeMOptions:
         check_choice("sigma_per", self.sigma_per, SigmaPer)
         if isinstance(self.grad_main, str):
             check_choice("grad_main", self.grad_main, GradMain)
-        elif not 0 <= self.grad_main <= 1:
-            raise ConfigError(f"grad_main={self.grad_main!r}; a factor must lie between 0 (stop) and 1 (flow)")
+        elif not (isinstance(self.grad_main, (int, float)) and 0 <= self.grad_main <= 1):
+            raise ConfigError(
+                f"grad_main={self.grad_main!r}; allowed are {', '.join(get_args(GradMain))}, or a factor on the gradient "
+                "between 0 (stop) and 1 (flow)"
+            )
         if (self.kappa is not None) != (self.target == "kappa"):
             raise ConfigError(
                 f"kappa={self.kappa!r} with target={self.target!r}: give kappa (eV/Å²) for target='kappa' only"
@@ -184,7 +187,7 @@ class NDeM(Objective):
         square = residual.square()
         per_atom = square.sum(-1) if options.reduction == "atom_sum_xyz" else square.mean(-1)
         others = options.unmasked_weight if options.loss_on == "all" else 0.0
-        weight = torch.where(noise.mask, 1.0, others).to(per_atom.dtype)
+        weight = torch.ones_like(per_atom).masked_fill(~noise.mask, others)
         # With all atoms the paper divides by N whatever the weights; with the masked ones, by their number.
         number = per_atom.shape[0] if options.loss_on == "all" else noise.mask.sum().clamp(min=1)
         return (per_atom * weight).sum() / number

@@ -1,0 +1,323 @@
+"""The commands of ``ndem-zoo`` and their options; each calls one function of `runs.py` and prints what came out.
+
+Results go to stdout, progress and warnings to stderr. Everything heavy is imported inside the commands, so that
+``ndem-zoo --help`` is quick. Errors become exit codes in `cli.py`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ndem_zoo import registry
+from ndem_zoo._version import __version__
+
+_EPILOG = (
+    "Exit codes: 0 done, 1 unexpected error, 2 wrong usage or setting, 3 bad data, 130 interrupted. "
+    "With --debug anywhere, errors show their traceback."
+)
+
+app = typer.Typer(
+    name="ndem-zoo",
+    help="Train, judge and use force fields with denoising objectives.",
+    epilog=_EPILOG,
+    add_completion=False,
+    rich_markup_mode=None,  # plain text: importing rich would take half the time of --help
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+#: Seconds in each unit of time.
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _number(text: str) -> int | float:
+    """A count, or a fraction with a decimal point."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a count nor a fraction") from None
+
+
+def _duration(text: str) -> float:
+    """Seconds from ``90``, ``90s``, ``15m``, ``2h`` or ``1d``."""
+    unit = text[-1:].lower()
+    value = text[:-1] if unit in _SECONDS else text
+    try:
+        return float(value) * _SECONDS.get(unit, 1.0)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no duration; write seconds, or 15m, 2h, 1d") from None
+
+
+_SOURCES = f"FILE.extxyz, md17:ethanol, rmd17:aspirin, sample:ethanol ({', '.join(registry.DATASETS)})"
+
+Data = Annotated[str, typer.Option("--data", help=f"Data: {_SOURCES}.", metavar="SOURCE")]
+ModelFolder = Annotated[Path, typer.Option("--model", help="Folder of a run, or of a saved model.", metavar="DIR")]
+Device = Annotated[str | None, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:0, ...")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder with (or for) the files of md17 and rmd17.", metavar="DIR")]
+NoDownload = Annotated[bool, typer.Option("--no-download", help="Never touch the network.")]
+EnergyKey = Annotated[str | None, typer.Option(help="Name of the energies in an extxyz file.", metavar="NAME")]
+ForcesKey = Annotated[str | None, typer.Option(help="Name of the forces in an extxyz file.", metavar="NAME")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.", metavar="FILE")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"ndem-zoo {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+
+@app.command()
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the results.", metavar="DIR")],
+    valid: Annotated[str | None, typer.Option(help="Validation data from another source.", metavar="SOURCE")] = None,
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(registry.MODELS)}.")] = "NDeMTorchMDNet",
+    objective: Annotated[str, typer.Option(help=f"One of {', '.join(registry.OBJECTIVES)}.")] = "ndem",
+    preset: Annotated[str | None, typer.Option(help="Recipe: md17_paper (default), md17_fast, ...")] = None,
+    weight: Annotated[float | None, typer.Option(help="Weight of the objective's auxiliary term.")] = None,
+    n_train: Annotated[
+        Any, typer.Option(parser=_number, metavar="N", help="Training structures: count or fraction.")
+    ] = None,
+    n_valid: Annotated[
+        Any, typer.Option(parser=_number, metavar="N", help="Validation structures: count or fraction.")
+    ] = None,
+    n_test: Annotated[
+        Any, typer.Option(parser=_number, metavar="N", help="Test structures; default: the rest, at most 1000 of them.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of split, weights, order of the data, noise.")] = 1,
+    max_steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
+    max_time: Annotated[
+        Any, typer.Option(parser=_duration, metavar="TIME", help="End after this time: 90s, 15m, 2h.")
+    ] = None,
+    nb_epoch: Annotated[int | None, typer.Option(help="End after so many passes over the data.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any other setting of model, objective or backbone; may be repeated.", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Begin with the weights of a saved model.", metavar="DIR")
+    ] = None,
+    device: Device = None,
+    precision: Annotated[str | None, typer.Option(help="32-true or 64-true.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the training in --out, if there is one.")] = False,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard.")] = False,
+    split: Annotated[int | None, typer.Option(help="Official split 1 to 5 (rmd17 only).")] = None,
+    data_dir: DataDir = None,
+    no_download: NoDownload = False,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Train a model into a folder.
+
+    The folder gets the model, its history, its errors on validation and test data, the split, and plots.
+    """
+    from ndem_zoo import runs
+
+    keywords = {"preset": preset, "objective": objective, "weight": weight, "seed": seed, "device": device}
+    keywords |= {"precision": precision, "progress": not quiet}
+    estimator = runs.make_model(model, keywords, settings or ())
+    sizes = {"n_train": n_train, "n_valid": n_valid, "n_test": n_test, "split": split, "seed": seed}
+    splits = runs.open_splits(data, valid, **sizes, **_reading(data_dir, no_download, energy_key, forces_key))
+    parts = ", ".join(f"{len(part)} for {name}" for name, part in splits.parts().items())
+    print(f"data: {splits.train.name}, {parts}", file=sys.stderr)
+    record = runs.train_run(
+        estimator,
+        splits,
+        out,
+        nb_epoch=nb_epoch,
+        max_steps=max_steps,
+        max_time=max_time,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        tensorboard=tensorboard,
+        init_from=None if init_from is None else runs.model_folder(init_from),
+        command=shlex.join(["ndem-zoo", *sys.argv[1:]]),
+    )
+    training = record["training"]
+    print(f"{training['steps']} steps in {training['seconds']:.0f} s; everything is in {out}")
+    for name in ("valid", "test"):
+        if name in record:
+            _print_metrics(f"{name} ({record[name]['n_structures']} structures)", record[name])
+    if training["interrupted"]:
+        print(f"ndem-zoo: interrupted; {out} holds the best model so far, --resume continues", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+@app.command()
+def evaluate(
+    model: ModelFolder,
+    data: Data,
+    part: Annotated[
+        str,
+        typer.Option(help="all, train, valid or test (as in the run's split.json); auto: test if it names these data."),
+    ] = "auto",
+    json: Json = None,
+    device: Device = None,
+    data_dir: DataDir = None,
+    no_download: NoDownload = False,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+) -> None:
+    """Compare a model with labeled data."""
+    from ndem_zoo import runs
+    from ndem_zoo.checkpoint import save_json
+
+    options = _reading(data_dir, no_download, energy_key, forces_key)
+    record = runs.evaluate_run(model, data, part=part, device=device, **options)
+    used = record["data"]
+    _print_metrics(f"{used['n_structures']} structures ({used['part']}) of {data}", record["metrics"])
+    if json is not None:
+        save_json(json, record)
+
+
+@app.command()
+def predict(
+    model: ModelFolder,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Extended XYZ file to write.", metavar="FILE")],
+    device: Device = None,
+    data_dir: DataDir = None,
+    no_download: NoDownload = False,
+) -> None:
+    """Predict energies and forces of structures.
+
+    Writes the structures with predicted energy and forces; labels that they had become REF_energy and REF_forces.
+    """
+    from ndem_zoo import runs
+
+    n = runs.predict_run(model, data, out, device=device, **_reading(data_dir, no_download, None, None))
+    print(f"{n} structures with energies (eV) and forces (eV/Å) in {out}")
+
+
+@app.command()
+def md(
+    model: ModelFolder,
+    start: Annotated[
+        str, typer.Option(help="Structure file that ASE reads (FILE@N: frame N), or SOURCE.", metavar="FILE")
+    ],
+    steps: Annotated[int, typer.Option(help="Number of steps.")] = 2000,
+    timestep_fs: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
+    temperature: Annotated[float, typer.Option(help="K, of the first velocities and of the thermostat.")] = 300.0,
+    ensemble: Annotated[str, typer.Option(help="nve or langevin.")] = "nve",
+    friction: Annotated[float, typer.Option(help="Of the Langevin thermostat, in 1/fs.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of velocities and thermostat.")] = 0,
+    relax: Annotated[bool, typer.Option("--relax", help="Relax the structure first.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Extended XYZ file for the trajectory.", metavar="FILE")] = None,
+    every: Annotated[int, typer.Option(help="Steps between frames of the trajectory.")] = 10,
+    json: Json = None,
+    device: Device = None,
+    precision: Annotated[str | None, typer.Option(help="32-true or 64-true; default: as trained.")] = None,
+    data_dir: DataDir = None,
+    no_download: NoDownload = False,
+) -> None:
+    """Run molecular dynamics with a model.
+
+    Says how well energy is conserved.
+    """
+    from ndem_zoo import runs
+    from ndem_zoo.calculator import NDeMCalculator
+    from ndem_zoo.checkpoint import save_json
+    from ndem_zoo.dynamics import run_md
+
+    atoms = runs.read_start(start, **_reading(data_dir, no_download, None, None))
+    calculator = NDeMCalculator(runs.load_model(model), device=device, precision=precision)
+    record = run_md(
+        atoms,
+        calculator,
+        steps=steps,
+        timestep=timestep_fs,
+        temperature=temperature,
+        ensemble=ensemble,
+        friction=friction,
+        seed=seed,
+        relax=relax,
+        out=out,
+        every=every,
+    )
+    summary = record.summary()
+    print(f"{summary['duration_ps']:g} ps, mean temperature {summary['mean_temperature_K']:.0f} K")
+    if ensemble == "nve":
+        print(
+            f"energy drift {summary['drift_meV_per_atom_per_ps']:+.3g} meV/atom/ps, "
+            f"fluctuation {summary['fluctuation_meV_per_atom']:.3g} meV/atom (rms)"
+        )
+    if json is not None:
+        save_json(json, summary)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs to compare.", metavar="DIR...")],
+    out: Annotated[Path, typer.Option(help="Markdown file to write; figures go beside it.", metavar="FILE")],
+) -> None:
+    """Compare runs on one page.
+
+    With a table of errors, learning curves, versions and commands.
+    """
+    from ndem_zoo.report import read_run, write_report
+
+    write_report(out, [read_run(folder) for folder in folders])
+    print(f"report of {len(folders)} runs in {out}")
+
+
+@app.command()
+def info(
+    folder: Annotated[Path | None, typer.Argument(help="A run or a saved model.", metavar="[DIR]")] = None,
+) -> None:
+    """Show versions and devices, or a model's card."""
+    from ndem_zoo import runs
+
+    if folder is not None:
+        print((runs.model_folder(folder) / "card.md").read_text(encoding="utf-8"), end="")
+        return
+    for name, value in runs.environment().items():
+        print(f"{name:12} {value}")
+    from ndem_zoo.presets import PRESETS
+
+    tables = {"models": registry.MODELS, "objectives": registry.OBJECTIVES, "backbones": registry.BACKBONES}
+    for name, table in {**tables, "data": registry.DATASETS, "presets": PRESETS}.items():
+        print(f"{name:12} {', '.join(table)}")
+
+
+def _reading(
+    data_dir: Path | None, no_download: bool, energy_key: str | None, forces_key: str | None
+) -> dict[str, Any]:
+    """Options of loaders; None for those that were not given, which not every loader has."""
+    return {
+        "data_dir": data_dir,
+        "download": False if no_download else None,
+        "energy_key": energy_key,
+        "forces_key": forces_key,
+    }
+
+
+def _print_metrics(title: str, metrics: Mapping[str, float]) -> None:
+    """Errors in the units of ASE and of the literature."""
+    print(f"{title}:")
+    if "energy_mae" in metrics:
+        print(
+            f"  energy MAE {metrics['energy_mae']:.5f} eV = {metrics['energy_mae_kcal']:.4f} kcal/mol "
+            f"({1e3 * metrics['energy_mae_per_atom']:.3f} meV/atom)"
+        )
+    if "forces_mae" in metrics:
+        print(f"  force MAE  {metrics['forces_mae']:.5f} eV/Å = {metrics['forces_mae_kcal']:.4f} kcal/mol/Å")

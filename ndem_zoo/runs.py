@@ -1,0 +1,590 @@
+"""What the commands of ``ndem-zoo`` do, without the command line: open data, train into a folder, evaluate, predict.
+
+Everything here is a thin layer over loaders, `NDeMModel`, metrics and plots; `commands.py` gives it options, `demo.py`
+and scripts call it directly. What is written is described at each function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ndem_zoo import checkpoint as files
+from ndem_zoo import registry
+from ndem_zoo._version import __version__
+from ndem_zoo.errors import ConfigError, DataWarning, FileFormatError
+from ndem_zoo.metrics import error_metrics, unit_of
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from ndem_zoo.datasets.base import MolecularDataset
+    from ndem_zoo.models.estimator import NDeMModel
+
+#: Choice: `train_run` judges a model on at most so many of the frames that are left for testing, unless told how many.
+MAX_TEST = 1000
+
+PARTS = ("train", "valid", "test")
+
+#: Loader and options behind each prefix of a data source, beyond the names in the registry.
+_SHORTHANDS: dict[str, tuple[str, dict[str, Any]]] = {"rmd17": ("md17", {"revised": True})}
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """Training, validation and test data, and where they came from.
+
+    Attributes
+    ----------
+    source
+        What was asked for, such as ``"md17:ethanol"``.
+    train, valid, test
+        The parts; `valid` and `test` are None when they are empty.
+    seed
+        Of the split.
+    valid_source
+        Where `valid` came from, if it is not a part of `source`.
+    """
+
+    source: str
+    train: MolecularDataset
+    valid: MolecularDataset | None
+    test: MolecularDataset | None
+    seed: int
+    valid_source: str | None = None
+
+    def parts(self) -> dict[str, MolecularDataset]:
+        """The parts that are not empty, by name."""
+        named = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def record(self) -> dict[str, Any]:
+        """What ``split.json`` holds: the ids of the structures of each part, in order."""
+        head = {"data": self.source, "seed": self.seed, "fingerprint": fingerprint(self.train)}
+        named = {name: part.ids.tolist() for name, part in self.parts().items()}
+        if self.valid_source is not None:
+            named["valid"] = []  # ids of another source, which has numbers of its own
+            head["valid_data"] = self.valid_source
+        return head | named
+
+
+def open_splits(source: str, valid_source: str | None = None, *, seed: int = 1, **options: Any) -> Splits:
+    """Training, validation and test data from a source.
+
+    Parameters
+    ----------
+    source
+        ``"md17:ethanol"``, ``"rmd17:aspirin"``, ``"sample:ethanol"``, or any other ``NAME:ARGUMENT`` with a loader in
+        `registry.DATASETS`; or the path of an extended XYZ file.
+    valid_source
+        Another source, all of which is for validation; then all of `source` is for training unless `n_train` is given.
+    seed
+        Of the split.
+    **options
+        `n_train`, `n_valid`, `n_test`, `data_dir`, `download`, `energy_key`, ...: what the loader takes. Options that
+        are None do not count.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such source, or its loader does not take an option.
+    DataError, FileFormatError, FileNotFoundError
+        If the data cannot be used.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if valid_source is not None:
+        if "n_valid" in given:
+            raise ConfigError("n_valid and a source of validation data exclude each other: all of the latter is used")
+        given = {"n_train": 1.0, "n_test": 0} | given | {"n_valid": 0}
+    train, valid, test = _load(source, seed=seed, **given)
+    if valid_source is not None:
+        shared = {name: value for name, value in given.items() if name not in ("n_train", "n_valid", "n_test")}
+        valid = open_whole(valid_source, **shared)
+    if "n_test" not in given and len(test) > MAX_TEST:
+        test = test.select(range(MAX_TEST))
+    return Splits(source, train, valid if len(valid) else None, test if len(test) else None, seed, valid_source)
+
+
+def open_whole(source: str, **options: Any) -> MolecularDataset:
+    """All structures of a source, in the order of its file; see `open_splits`."""
+    from ndem_zoo.datasets.md17 import TooManyFramesWarning
+
+    given = {name: value for name, value in options.items() if value is not None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TooManyFramesWarning)  # nobody trains on them
+        whole, _, _ = _load(source, **(given | {"n_train": 1.0, "n_valid": 0, "n_test": 0}))
+    if all(identity.isdigit() for identity in whole.ids):
+        return whole.select(np.argsort(whole.ids.astype(np.int64), kind="stable"))
+    return whole
+
+
+def _load(source: str, **options: Any) -> tuple[MolecularDataset, MolecularDataset, MolecularDataset]:
+    """Call the loader of a source."""
+    name, argument, fixed = _loader_of(source)
+    loader = registry.lookup(registry.DATASETS, name, "kind of data")
+    known = inspect.signature(loader).parameters
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"data {source!r} have no option {option!r}; they have {', '.join(list(known)[1:])}")
+    _, parts, _ = loader(argument, **fixed, **options)
+    return parts
+
+
+def _loader_of(source: str) -> tuple[str, str, dict[str, Any]]:
+    """Name of the loader, its first argument, and options that the prefix stands for."""
+    prefix, colon, argument = source.partition(":")
+    if colon and prefix in _SHORTHANDS:
+        name, fixed = _SHORTHANDS[prefix]
+        return name, argument, fixed
+    if colon and prefix in registry.DATASETS:
+        return prefix, argument, {}
+    if colon and not os.path.exists(source) and os.sep not in prefix and "." not in prefix:
+        known = ", ".join(sorted([*registry.DATASETS, *_SHORTHANDS]))
+        raise ConfigError(f"there is no kind of data {prefix!r} (in {source!r}); there are {known}, and files")
+    return "extxyz", source, {}
+
+
+def file_of(source: str) -> str | None:
+    """Path of the extended XYZ file that a source is; None for a dataset with a name."""
+    name, argument, _ = _loader_of(source)
+    return argument if name == "extxyz" else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- models
+
+
+def make_model(name: str, keywords: Mapping[str, Any], settings: Iterable[str] = ()) -> NDeMModel:
+    """A model that is not fitted yet, from keywords and from ``key=value`` settings.
+
+    Parameters
+    ----------
+    name
+        In `registry.MODELS`.
+    keywords
+        Of the constructor; those that are None are left at their defaults.
+    settings
+        ``"key=value"`` each. A key is a keyword of the constructor, or an option of the objective or the backbone; with
+        ``objective.`` or ``backbone.`` before it, where both have it. Values are JSON, or else strings.
+
+    Raises
+    ------
+    ConfigError
+        For a key that nobody knows, or one that is given twice; lists what there is.
+    """
+    cls = registry.lookup(registry.MODELS, name, "model")
+    values = {key: value for key, value in keywords.items() if value is not None}
+    pairs = [_parse_setting(text) for text in settings]
+    objective = dict(pairs).get("objective", values.get("objective", cls().objective))
+    known = {
+        "": sorted(cls().get_params(deep=False)),
+        "objective": _objective_options(objective),
+        "backbone": _backbone_options(cls.backbone_name),
+    }
+    options: dict[str, dict[str, Any]] = {"": {}, "objective": {}, "backbone": {}}
+    for key, value in pairs:
+        group, option = _home_of(key, known, objective)
+        if option in options[group] or (group == "" and option in values):
+            raise ConfigError(f"{key!r} is given twice")
+        options[group][option] = value
+    values |= options[""]
+    for group in ("objective", "backbone"):
+        if options[group]:
+            keyword = f"{group}_options"
+            values[keyword] = (values.get(keyword) or {}) | options[group]
+    return cls(**values)
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    """``key=value`` as a pair."""
+    key, equals, value = text.partition("=")
+    if not (key.strip() and equals):
+        raise ConfigError(f"setting {text!r}: it must have the form key=value")
+    words = {"None": None, "True": True, "False": False}
+    if value.strip() in words:
+        return key.strip(), words[value.strip()]
+    try:
+        return key.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return key.strip(), value.strip()
+
+
+def _objective_options(name: str) -> list[str]:
+    cls = registry.lookup(registry.OBJECTIVES, name, "objective")
+    return [field.name for field in dataclasses.fields(cls.Options)]
+
+
+def _backbone_options(name: str) -> list[str]:
+    return list(inspect.signature(registry.lookup(registry.BACKBONES, name, "backbone")).parameters)
+
+
+def _home_of(key: str, known: Mapping[str, Sequence[str]], objective: str) -> tuple[str, str]:
+    """Whose option a key is: ``""`` (the constructor's), ``"objective"`` or ``"backbone"``; and its bare name."""
+    prefix, dot, bare = key.partition(".")
+    if dot and prefix in ("objective", "backbone"):
+        homes, option = [prefix] if bare in known[prefix] else [], bare
+    else:
+        homes, option = [group for group in known if key in known[group]], key
+    if len(homes) > 1:
+        choices = " or ".join(f"the {home or 'model'}" for home in homes)
+        raise ConfigError(f"{key!r} may be an option of {choices}; write objective.{key} or backbone.{key}")
+    if not homes:
+        raise ConfigError(
+            f"there is no setting {key!r}. The model has {', '.join(known[''])}; the objective {objective} has "
+            f"{', '.join(known['objective']) or 'none'}; the backbone has {', '.join(known['backbone'])}"
+        )
+    return homes[0], option
+
+
+def model_folder(path: str | os.PathLike) -> Path:
+    """Folder of a saved model: `path` itself, or ``model`` in the folder of a run.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(f"{path} holds no saved model (no config.json in it or in its folder 'model')")
+
+
+def load_model(path: str | os.PathLike, device: str | None = None) -> NDeMModel:
+    """The saved model in `path`; see `model_folder`."""
+    from ndem_zoo.models.estimator import NDeMModel
+
+    return NDeMModel.load(model_folder(path), device=device)
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+def train_run(
+    model: NDeMModel,
+    splits: Splits,
+    out: str | os.PathLike,
+    *,
+    nb_epoch: int | None = None,
+    max_steps: int | None = None,
+    max_time: float | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    tensorboard: bool = False,
+    init_from: str | os.PathLike | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train a model and leave everything about it in a folder.
+
+    Written are ``model/`` (see `NDeMModel.save`), ``history.csv``, ``split.json`` (the ids of the structures of each
+    part), ``metrics.json`` (what is returned), checkpoints ``step-...``, and, where matplotlib is installed,
+    ``parity.png`` and ``learning_curve.png``.
+
+    Parameters
+    ----------
+    model
+        Not fitted.
+    splits
+        Data.
+    out
+        The folder.
+    nb_epoch, max_steps, max_time, checkpoint_every, resume, tensorboard, init_from
+        See `NDeMModel.fit`.
+    command
+        That would do the same again; for the record.
+
+    Returns
+    -------
+    record : dict
+        Settings, numbers of steps and seconds, errors on validation and test data and their units, versions.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds a run and `resume` is not asked for.
+    KeyboardInterrupt
+        If Ctrl-C came before the first step. Later, the training ends, everything is written, and
+        ``record["training"]["interrupted"]`` is True.
+    """
+    out = Path(out)
+    if not resume and ((out / "model").exists() or files.checkpoints(out)):
+        raise ConfigError(f"{out} holds a training already: choose another folder, or resume to continue it")
+    model.fit(
+        splits.train,
+        splits.valid,
+        nb_epoch=nb_epoch,
+        max_steps=max_steps,
+        max_time=max_time,
+        init_from=init_from,
+        checkpoint_dir=out,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        tensorboard=tensorboard,
+    )
+    if not model.history_:
+        raise KeyboardInterrupt
+    model.save(out / "model")
+    files.save_json(out / "split.json", splits.record())
+    record = run_record(model, splits, command)
+    predictions = {name: predict_columns_of(model, part) for name, part in splits.parts().items() if name != "train"}
+    for name, predicted in predictions.items():
+        part = splits.parts()[name]
+        record[name] = {"n_structures": len(part)} | error_metrics(predicted, part.targets, part.z, part.ptr)
+    record["units"] = units_of(record.get("valid", {}), record.get("test", {}))
+    files.save_json(out / "metrics.json", record)
+    write_plots(model, splits, predictions, out)
+    return record
+
+
+def run_record(model: NDeMModel, splits: Splits, command: str = "") -> dict[str, Any]:
+    """What a run was: model, objective, data, steps, versions."""
+    last, resolved = model.history_[-1], model.resolved_
+    sizes = {f"n_{name}": len(part) for name, part in splits.parts().items()}
+    return {
+        "command": command,
+        "model": type(model).__name__,
+        "preset": model.preset,
+        "objective": resolved["objective"]["name"],
+        "weight": resolved["objective"]["weight"],
+        "n_parameters": model.potential_.n_parameters,
+        "data": {"source": splits.source, "name": splits.train.name, "seed": splits.seed} | sizes,
+        "training": {
+            "steps": int(last["step"]),
+            "epochs": float(last["epoch"]),
+            "seconds": float(last["seconds"]),
+            "interrupted": model.interrupted_,
+        },
+        "environment": environment(),
+    }
+
+
+def predict_columns_of(model: NDeMModel, dataset: MolecularDataset) -> dict[str, np.ndarray]:
+    """A model's predictions as columns: ``"energy"`` (S,) in eV, ``"forces"`` (A, 3) in eV/Å."""
+    predicted = model.predict(dataset)
+    if "forces" in predicted:
+        forces = predicted["forces"]
+        predicted["forces"] = forces.reshape(-1, 3) if isinstance(forces, np.ndarray) else np.concatenate(forces)
+    return predicted
+
+
+def write_plots(
+    model: NDeMModel, splits: Splits, predictions: Mapping[str, Mapping[str, np.ndarray]], out: Path
+) -> None:
+    """Parity plot of the test data (else the validation data) and learning curve; nothing without matplotlib."""
+    if not has_matplotlib():
+        return
+    from ndem_zoo.plots import learning_curve_figure, parity_figure, save_figure
+
+    objective = model.resolved_["objective"]["name"]
+    save_figure(learning_curve_figure({objective: model.history_}), out / "learning_curve.png")
+    shown = "test" if "test" in predictions else "valid"
+    if shown in predictions:
+        part = splits.parts()[shown]
+        figure = parity_figure({f"{objective}, {shown} data": predictions[shown]}, part.targets, part.ptr)
+        save_figure(figure, out / "parity.png")
+
+
+def has_matplotlib() -> bool:
+    """Whether plots can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def units_of(*metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Unit of every metric."""
+    names = {name for found in metrics for name in found if name != "n_structures"}
+    return {name: unit_of(name) for name in sorted(names)}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and threads: what else a result may depend on."""
+    import ase
+    import torch
+
+    return {
+        "ndem_zoo": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "ase": ase.__version__,
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU",
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- evaluate and predict
+
+
+def evaluate_run(
+    path: str | os.PathLike, source: str, *, part: str = "auto", device: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """Errors of a saved model.
+
+    Parameters
+    ----------
+    path
+        Folder of a run or of a model.
+    source
+        Labeled data; see `open_splits`.
+    part
+        ``"all"`` structures of the source, or the ``"train"``, ``"valid"`` or ``"test"`` ones that the run's
+        ``split.json`` names; ``"auto"`` takes the test part when the source is the one that the run was trained on.
+    device
+        Where to compute.
+    **options
+        Of the loader.
+
+    Returns
+    -------
+    record : dict
+        ``"metrics"`` and ``"units"``; which data they are for.
+    """
+    dataset, part = _part_of(path, source, part, options)
+    model = load_model(path, device)
+    begin = time.perf_counter()
+    metrics = model.evaluate(dataset)
+    return {
+        "model": str(path),
+        "data": {"source": source, "part": part, "n_structures": len(dataset)},
+        "metrics": metrics,
+        "units": units_of(metrics),
+        "seconds": time.perf_counter() - begin,
+        "environment": environment(),
+    }
+
+
+def _part_of(path: str | os.PathLike, source: str, part: str, options: dict[str, Any]) -> tuple[MolecularDataset, str]:
+    """The structures to judge a model by."""
+    allowed = ("auto", "all", *PARTS)
+    if part not in allowed:
+        raise ConfigError(f"part={part!r}; allowed are {', '.join(allowed)}")
+    whole = open_whole(source, **options)
+    rows = _rows_of_split(model_folder(path), whole)
+    if part == "auto":
+        part = "test" if "test" in rows else "all"
+    if part == "all":
+        if rows:
+            warnings.warn(f"{len(rows['train'])} of these structures were trained on", DataWarning, stacklevel=3)
+        return whole, part
+    if part not in rows:
+        raise ConfigError(f"part={part!r}: {path} has no split.json that names this part of {source}")
+    return whole.select(rows[part]), part
+
+
+def _rows_of_split(folder: Path, whole: MolecularDataset) -> dict[str, np.ndarray]:
+    """Rows of `whole` that a run used for each part; empty if it was made from other data."""
+    file = next((f / "split.json" for f in (folder, folder.parent) if (f / "split.json").is_file()), None)
+    if file is None:
+        return {}
+    split = files.load_json(file)
+    row = {identity: number for number, identity in enumerate(whole.ids.tolist())}
+    if not all(identity in row for part in PARTS for identity in split.get(part, ())):
+        return {}
+    rows = {name: np.array([row[i] for i in split[name]], dtype=np.int64) for name in PARTS if split.get(name)}
+    # Pitfall: ids are often just numbers, which any other file has as well.
+    return rows if fingerprint(whole.select(rows["train"])) == split["fingerprint"] else {}
+
+
+def fingerprint(dataset: MolecularDataset) -> str:
+    """SHA-256 of elements and positions."""
+    digest = hashlib.sha256(np.ascontiguousarray(dataset.z, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(dataset.pos, dtype="<f8").tobytes())
+    return digest.hexdigest()
+
+
+def predict_run(
+    path: str | os.PathLike, source: str, out: str | os.PathLike, *, device: str | None = None, **options: Any
+) -> int:
+    """Predict, and write the structures with their predictions as extended XYZ.
+
+    Each frame keeps what it had. ``energy`` and ``forces``, which ASE reads into a calculator, are the predictions in
+    eV and eV/Å; labels that were there are kept as ``REF_energy`` and ``REF_forces``.
+
+    Parameters
+    ----------
+    path
+        Folder of a run or of a model.
+    source
+        Structures; labels are not needed. See `open_splits`.
+    out
+        File to write; replaced as a whole.
+    device
+        Where to compute.
+    **options
+        Of the loader, for a dataset with a name.
+
+    Returns
+    -------
+    n : int
+        Number of structures.
+    """
+    from ase import Atoms
+
+    from ndem_zoo.datasets.extxyz import read_frames, write_frames
+
+    file = file_of(source)
+    if file is not None:
+        frames = read_frames(file)
+    else:
+        whole = open_whole(source, **options)
+        frames = [whole.atoms(i) for i in range(len(whole))]
+    bare = [Atoms(numbers=a.numbers, positions=a.positions, cell=a.cell, pbc=a.pbc) for a in frames]
+    predicted = load_model(path, device).predict(bare)
+    for number, atoms in enumerate(frames):
+        values = {name: predicted[name][number] for name in ("energy", "forces") if name in predicted}
+        _attach(atoms, values)
+    write_frames(Path(out), frames)
+    return len(frames)
+
+
+def read_start(source: str, **options: Any) -> Atoms:
+    """A structure to begin with: the first (or ``FILE@N``: the one with number N) of a file, or of a data source.
+
+    Raises
+    ------
+    FileNotFoundError, FileFormatError
+        If there is no such file, or ASE cannot read it.
+    """
+    if file_of(source) is None:
+        return open_whole(source, **options).atoms(0)
+    from ase.io import read
+
+    path, at, number = source.rpartition("@")
+    if not (at and number.lstrip("-").isdigit()):
+        path, number = source, "0"
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return read(path, index=int(number))
+    # Pitfall: ASE's readers raise whatever they trip over.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FileFormatError(f"{path}: ASE cannot read structure {number} ({reason})") from error
+
+
+def _attach(atoms: Atoms, predicted: Mapping[str, Any]) -> None:
+    """Predictions into the calculator of `atoms`; labels that were there become ``REF_...``, if there is none yet."""
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    labels = dict(atoms.calc.results) if atoms.calc is not None else {}
+    if "energy" in labels:
+        atoms.info.setdefault("REF_energy", float(labels["energy"]))
+    if "forces" in labels and "REF_forces" not in atoms.arrays:
+        atoms.arrays["REF_forces"] = np.array(labels["forces"])
+    atoms.calc = SinglePointCalculator(atoms, energy=float(predicted["energy"]))
+    if "forces" in predicted:
+        atoms.calc.results["forces"] = np.array(predicted["forces"])
