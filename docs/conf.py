@@ -38,6 +38,8 @@ templates_path = ["_templates"]
 html_theme = "furo"
 html_title = f"ndem_zoo {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 pygments_style = "friendly"
 
 # ------------------------------------------------------------------------------------------------ MyST and tutorials

@@ -33,12 +33,12 @@ print(train.summary())
 # %%
 graph, atoms = train.graph(0), train.atoms(0)
 print(graph.ndata["Z"].tolist(), atoms.get_chemical_formula())
-print(train.targets["forces"].shape, "forces in eV/Å, atoms of all structures one after the other")
+print(train.targets["forces"].shape, "forces in eV/Å, all atoms one after the other")
 
 # %% [markdown]
 # ## Training
 #
-# A small network and few steps, so that it is quick: 32 channels, 2 layers, 300 steps of 8 frames. What is not given is
+# A small network and few steps, so that it is quick: 32 channels, 2 layers, 200 steps of 8 frames. What is not given is
 # taken from the preset; [the presets](reproducing.md) say where each value comes from. The objective is NDeM; with
 # `objective="supervised"` it would be plain training.
 
@@ -52,19 +52,21 @@ model = NDeMTorchMDNet(
     lr=3e-3,
     warmup_steps=50,
     ema_decay=0.99,
-    validate_every=50,
-    max_steps=300,
+    validate_every=25,
+    max_steps=200,
     progress=False,
     seed=0,
 )
 model.fit(train, valid)
-print(f"{model.potential_.n_parameters:,} parameters; reference energies in eV: {model.reference_}")
+print(f"{model.potential_.n_parameters:,} parameters")
+print("reference energies in eV:", {symbol: round(value, 4) for symbol, value in model.reference_.items()})
 
 # %% [markdown]
 # `history_` has one row for each validation. Training losses are in units of the network's scale (here the root mean
 # square of the training forces), errors in eV and eV/Å.
 
 # %%
+# %matplotlib inline
 from ndem_zoo.plots import learning_curve_figure, parity_figure
 
 learning_curve_figure({"NDeM": model.history_}, against="step")
@@ -83,7 +85,8 @@ parity_figure({"NDeM": columns}, test.targets, test.ptr)
 # %%
 errors = model.evaluate(test)
 always_zero = abs(test.targets["forces"]).mean()
-print(f"force MAE  {errors['forces_mae']:.3f} eV/Å = {errors['forces_mae_kcal']:.2f} kcal/mol/Å; always zero: {always_zero:.3f}")
+print(f"force MAE  {errors['forces_mae']:.3f} eV/Å = {errors['forces_mae_kcal']:.2f} kcal/mol/Å")
+print(f"always zero: {always_zero:.3f} eV/Å")
 print(f"energy MAE {1e3 * errors['energy_mae']:.1f} meV = {errors['energy_mae_kcal']:.2f} kcal/mol")
 
 # %% [markdown]
@@ -109,8 +112,10 @@ print(sorted(path.name for path in Path("ethanol-model").iterdir()))
 from ndem_zoo import NDeMCalculator
 from ndem_zoo.dynamics import run_md
 
-record = run_md(test.atoms(0), NDeMCalculator(again), steps=200, timestep=0.5, temperature=300, ensemble="nve")
-print(f"{record.time[-1]:.1f} ps of NVE: the total energy fluctuates by {record.fluctuation:.2f} meV/atom (rms) around its line")
+calculator = NDeMCalculator(again)
+record = run_md(test.atoms(0), calculator, steps=200, timestep=0.5, temperature=300, ensemble="nve")
+print(f"{record.time[-1]:.1f} ps of NVE: total energy {record.total[0]:.4f} to {record.total[-1]:.4f} eV")
+print(f"it fluctuates by {record.fluctuation:.2f} meV/atom (rms) around a straight line")
 
 # %% [markdown]
 # What this page taught, as checks; they run whenever the page is built.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ndem_zoo.errors import ConfigError, DataError, FileFormatError, NotFittedError, TrainingError
@@ -53,42 +53,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command and return its exit code; ``--debug``, anywhere, shows the traceback of an error."""
-    debug = "--debug" in arguments
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        try:
-            from ndem_zoo.commands import app
 
-            code = app([word for word in arguments if word != "--debug"], prog_name="ndem-zoo", standalone_mode=False)
-            return code if isinstance(code, int) else OK
+    def call() -> Any:
+        from ndem_zoo.commands import app
+
+        return app([word for word in arguments if word != "--debug"], prog_name="ndem-zoo", standalone_mode=False)
+
+    return guarded(call, "ndem-zoo", debug="--debug" in arguments)
+
+
+def guarded(call: Callable[[], Any], program: str, debug: bool = False) -> int:
+    """Call a function, and turn what it raises into one line on stderr and an exit code; likewise its warnings.
+
+    Parameters
+    ----------
+    call
+        Its result is the exit code, if it is an integer.
+    program
+        Name at the beginning of the lines.
+    debug
+        Whether to print the traceback of an error as well.
+    """
+
+    def say(message: object) -> None:
+        print(f"{program}: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        # Only the text: the place in our code says nothing to the user of a command.
+        warnings.showwarning = lambda message, *place, **options: say(f"warning: {message}")
+        try:
+            code = call()
         except SystemExit as error:
-            return error.code if isinstance(error.code, int) else OK
+            code = error.code
         except BaseException as error:
             if debug:
                 traceback.print_exc()
-            return _report(error)
+            message, code = explain(error)
+            say(message)
+    return code if isinstance(code, int) else OK
 
 
-def _report(error: BaseException) -> int:
-    """Say what went wrong, in one line on stderr, and return the exit code."""
+def explain(error: BaseException) -> tuple[str, int]:
+    """What to say about an error, and its exit code."""
     if hasattr(error, "format_message"):  # typer's own: wrong usage
-        return _say(error.format_message(), getattr(error, "exit_code", USAGE))
-    if type(error).__name__ == "Abort":
-        return _say("interrupted", INTERRUPTED)
+        return error.format_message(), getattr(error, "exit_code", USAGE)
+    if type(error).__name__ == "Abort":  # likewise: Ctrl-C, in older versions
+        return "interrupted", INTERRUPTED
     for kind, code in _CODES:
         if isinstance(error, kind):
-            return _say(str(error) or ("interrupted" if code == INTERRUPTED else kind.__name__), code)
-    return _say(f"unexpected {type(error).__name__}: {error} (--debug shows where)", UNEXPECTED)
-
-
-def _say(message: str, code: int) -> int:
-    print(f"ndem-zoo: {' '.join(message.split())}", file=sys.stderr)
-    return code
-
-
-def _show_warning(message: Any, category: type[Warning], *place: Any, **options: Any) -> None:
-    """One line, without the place in our code: it says nothing to the user of a command."""
-    print(f"ndem-zoo: warning: {' '.join(str(message).split())}", file=sys.stderr)
+            return str(error) or ("interrupted" if code == INTERRUPTED else kind.__name__), code
+    return f"unexpected {type(error).__name__}: {error} (--debug shows where)", UNEXPECTED
 
 
 if __name__ == "__main__":

@@ -368,7 +368,7 @@ def run_record(model: NDeMModel, splits: Splits, command: str = "") -> dict[str,
             "seconds": float(last["seconds"]),
             "interrupted": model.interrupted_,
         },
-        "environment": environment(),
+        "environment": environment(model),
     }
 
 
@@ -409,10 +409,14 @@ def units_of(*metrics: Mapping[str, Any]) -> dict[str, str]:
     return {name: unit_of(name) for name in sorted(names)}
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device and threads: what else a result may depend on."""
+def environment(model: NDeMModel | None = None) -> dict[str, Any]:
+    """Versions, threads, and the device (of a model, or else the one that ``"auto"`` is): what a result may depend on."""
     import ase
     import torch
+
+    from ndem_zoo.models.estimator import torch_device
+
+    device = torch_device("auto" if model is None else model.device)
 
     return {
         "ndem_zoo": __version__,
@@ -420,7 +424,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "ase": ase.__version__,
-        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
@@ -463,7 +467,7 @@ def evaluate_run(
         "metrics": metrics,
         "units": units_of(metrics),
         "seconds": time.perf_counter() - begin,
-        "environment": environment(),
+        "environment": environment(model),
     }
 
 

@@ -142,6 +142,7 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
             np.savez_compressed(stream, **arrays)
             stream.flush()
             os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)  # temporary files are for the owner alone
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -73,6 +73,14 @@ def test_duplicates(ethanol):
     assert any("repeat an earlier one" in text for text in whole.summary().warnings)
 
 
+def test_equal_radii_are_not_enough_for_a_duplicate():
+    square = np.array([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])
+    tetrahedron = np.array([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / np.sqrt(3)
+    both = MolecularDataset(np.full(8, 6), np.concatenate([square, tetrahedron]), [0, 4, 8])
+    assert near_duplicates(both) == 0
+    assert near_duplicates(both.select([0, 1, 0])) == 1
+
+
 def test_other_elements_are_no_duplicates(ethanol):
     one = MolecularDataset(ethanol.z[:9], ethanol.pos[:9], [0, 9])
     other = MolecularDataset(np.array([6, 6, 7, 1, 1, 1, 1, 1, 1], np.uint8), ethanol.pos[:9], [0, 9])

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(p for p in DOCS.rglob("*.md") if not {"generated", "_build"} & set(p.parts))]
 
-_FENCE = re.compile(r"^```(\w*)\s*$")
+_FENCE = re.compile(r"^```(\S*)")
 _NO_RUN = re.compile(r"^<!-- no-run: (.+) -->$")
 
 
@@ -46,6 +46,8 @@ def blocks_of(page: Path) -> list[Block]:
             text = "\n".join(lines[start - 1 : number - 1])
             blocks.append(Block(language, start, text, reason[1] if reason else None))
             language = None
+            previous = ""
+            continue
         if line.strip():
             previous = line.strip()
     assert language is None, f"{page}: the block that begins at line {start - 1} is not closed"
@@ -140,6 +142,7 @@ def test_commands_exist(page, block):
         elif words[0] == "ndem-zoo":
             pytest.importorskip("typer")
             import typer
+
             from ndem_zoo.commands import app
 
             command = typer.main.get_command(app).commands[words[1]]

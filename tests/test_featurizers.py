@@ -173,8 +173,10 @@ def test_nearest_neighbors(limit):
         assert graph.in_degrees().tolist() == [limit] * 10
 
 
-def test_equally_near_neighbors_are_chosen_by_index():
+@pytest.mark.parametrize("angle", [0, 11, 23, 47, 71])
+def test_equally_near_neighbors_are_chosen_by_index(angle):
     methane = molecule("CH4")  # the four hydrogens are equally far from each other, and from the carbon
+    methane.rotate(angle, (1, 2, 3))  # ... up to the last bits
     src, dst = RadiusGraph(cutoff=3.0, max_neighbors=2)(methane).edges()
     chosen = {int(center): sorted(src[dst == center].tolist()) for center in range(5)}
     assert chosen[0] == [1, 2]

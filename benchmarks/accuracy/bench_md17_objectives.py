@@ -113,7 +113,7 @@ def equal_time_steps(name: str, steps: int, step_times: dict[str, Any]) -> int:
 
 
 def plan(args: argparse.Namespace, step_times: dict[str, Any]) -> list[dict[str, Any]]:
-    """All runs, the longest first."""
+    """All runs: seed by seed, so that what is finished early is paired; of a seed the longest first."""
     base = {"molecule": args.molecule, "data_dir": args.data_dir, "n_test": args.n_test, "device": args.device}
     tasks = []
     for n_train, seed, name in itertools.product(args.n_train, range(args.seeds), OBJECTIVES):
@@ -121,7 +121,7 @@ def plan(args: argparse.Namespace, step_times: dict[str, Any]) -> list[dict[str,
             if args.budget not in ("both", budget) or (budget == "time" and steps == args.steps):
                 continue  # the two runs would be one
             tasks.append(base | {"n_train": n_train, "seed": seed, "objective": name, "budget": budget, "steps": steps})
-    return sorted(tasks, key=lambda t: -t["steps"] * step_times[t["objective"]]["ratio"])
+    return sorted(tasks, key=lambda t: (t["seed"], -t["steps"] * step_times[t["objective"]]["ratio"]))
 
 
 def key(run: dict[str, Any]) -> tuple:

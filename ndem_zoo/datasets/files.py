@@ -256,6 +256,7 @@ def _from_archive(card: DatasetCard, file: str, folder: Path) -> Path:
                 os.fsync(target.fileno())
                 if remote.is_official(target.name) is False:
                     raise FileFormatError(f"{remote.member} in {archive} does not have the checksum {remote.checksum}")
+                os.chmod(target.name, 0o644)  # temporary files are for the owner alone
                 os.replace(target.name, folder / file)
             except BaseException:
                 os.unlink(target.name)

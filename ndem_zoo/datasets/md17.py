@@ -377,8 +377,8 @@ def _check_own_md5(path: Any, raw: dict[str, np.ndarray], keys: dict[str, str]) 
     stored = stored.decode(errors="replace") if isinstance(stored, bytes) else str(stored)
     digest = hashlib.md5(usedforsecurity=False)
     for column in ("z", "pos", "energy", "forces"):
-        array = np.ascontiguousarray(raw[keys[column]])
-        digest.update(hashlib.md5(array.tobytes(), usedforsecurity=False).digest())
+        array = np.ascontiguousarray(raw[keys[column]]).reshape(-1)
+        digest.update(hashlib.md5(array, usedforsecurity=False).digest())
     if digest.hexdigest() != stored.strip():
         warnings.warn(
             f"the contents of {path} do not match the checksum that it carries ({stored}): it was changed or damaged",

@@ -592,7 +592,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             model.reference_, model.training_data_ = config["reference"], config["training_data"]
             model._restore(resolved, files.load_tensors(path / "weights.safetensors"))
         except (KeyError, TypeError, ConfigError) as error:
-            raise FileFormatError(f"{path / 'config.json'} does not describe a model of ours: {error}") from error
+            raise FileFormatError(f"{path / 'config.json'} does not describe a model of ours: {error!r}") from error
         model.history_ = read_history(path / "history.csv")
         return model
 

@@ -8,6 +8,7 @@ wherever X lies on the energy surface. Every choice that the paper leaves open i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real  # numpy's numbers too
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -85,7 +86,7 @@ class NDeMOptions:
         check_choice("sigma_per", self.sigma_per, SigmaPer)
         if isinstance(self.grad_main, str):
             check_choice("grad_main", self.grad_main, GradMain)
-        elif not (isinstance(self.grad_main, (int, float)) and 0 <= self.grad_main <= 1):
+        elif not (isinstance(self.grad_main, Real) and 0 <= self.grad_main <= 1):
             raise ConfigError(
                 f"grad_main={self.grad_main!r}; allowed are {', '.join(get_args(GradMain))}, or a factor on the gradient "
                 "between 0 (stop) and 1 (flow)"

@@ -383,7 +383,7 @@ def force_loss_gradient(case: BackboneCase) -> None:
 
     gradients = torch.autograd.grad(loss(0.0), parameters, allow_unused=True)
     analytic = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True) if g is not None)
-    h = 1e-4
+    h = 2e-5
     values = torch.stack([loss(step * h).detach() for step in (2, 1, -1, -2)])
     numeric = (values * values.new_tensor([-1.0, 8.0, -8.0, 1.0])).sum() / (12 * h)
     require_close(analytic.reshape(1), numeric.reshape(1), 1e-6, "gradient of a force loss by the weights")
@@ -404,25 +404,25 @@ def isolated_atoms(case: BackboneCase) -> None:
 
 def smooth_cutoff(case: BackboneCase) -> None:
     """Catches jumps of energies, forces or vectors, and forces that miss part of the energy, as an atom crosses the cutoff."""
-    reach = abs(float(_crossing(case, -0.5).energy - _crossing(case, -0.3).energy))
+    reach = abs(float(crossing(case, -0.5).energy - crossing(case, -0.3).energy))
     require(reach > 1e-7, f"moving an atom within the cutoff changes the energy by {reach:.1e} only")
     steps = (1e-4, 1e-5)
-    sides = [(_crossing(case, -step), _crossing(case, step)) for step in steps]
+    sides = [(crossing(case, -step), crossing(case, step)) for step in steps]
     for name in ("energy", "forces", "vectors"):
         coarse, fine = (float((getattr(b, name) - getattr(a, name)).abs().max()) for a, b in sides)
         require(fine < 0.2 * coarse or fine < 1e-9, f"{name} jumps by {fine:.1e} ({coarse:.1e} over ten times the way)")
     for step, (inside, outside) in zip(steps, sides, strict=True):
-        slope = -float((inside.forces[2] + outside.forces[2]) @ _CROSSING) / 2
+        slope = -float((inside.forces[2] + outside.forces[2]) @ CROSSING) / 2
         error = abs(float(outside.energy - inside.energy) / (2 * step) - slope)
         require(error < 1e-4, f"the energy's slope differs by {error:.1e} eV/Å from the force on the crossing atom")
 
 
-_CROSSING = torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64)
+CROSSING = torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64)
 
 
-def _crossing(case: BackboneCase, beyond: float) -> Outcome:
+def crossing(case: BackboneCase, beyond: float) -> Outcome:
     """What a diatomic says of which a third atom is `beyond` Å outside the cutoff of one atom, and farther from the other."""
-    third = (case.cutoff + beyond) * _CROSSING.numpy()
+    third = (case.cutoff + beyond) * CROSSING.numpy()
     outcome = case.outcome(case.batch([Atoms("COH", [[0.0, 0.0, 0.0], [-0.7, 0.5, -0.8], third])]))
     return Outcome(*(value.cpu() for value in outcome))
 
