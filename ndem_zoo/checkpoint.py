@@ -54,7 +54,12 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         old = _beside(path, ".old")
         if path.exists():
             os.replace(path, old)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:

@@ -119,7 +119,7 @@ def run_md(
         fs.
     temperature
         K, of the Maxwell-Boltzmann distribution of the first velocities, and of the thermostat. Overall motion, and for
-        a free molecule rotation, is taken out of the velocities.
+        a free molecule rotation, is taken out of the first velocities.
     ensemble
         ``"nve"`` (velocity Verlet) or ``"langevin"``.
     friction
@@ -200,11 +200,13 @@ def _relax(atoms: Atoms) -> None:
 def _dynamics(atoms: Atoms, timestep: float, temperature: float, ensemble: str, friction: float, seed: int) -> Any:
     """ASE's integrator, for atoms with freshly drawn velocities."""
     from ase.md.langevin import Langevin
-    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+    from ase.md.velocitydistribution import Stationary, ZeroRotation
     from ase.md.verlet import VelocityVerlet
 
     rng = np.random.default_rng(seed)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
+    # Eq.: Maxwell and Boltzmann's distribution, <p²> = m k T for each component
+    width = np.sqrt(atoms.get_masses() * units.kB * temperature)
+    atoms.set_momenta(rng.standard_normal((len(atoms), 3)) * width[:, None])
     # Pitfall: by default ASE scales the velocities up again, and the internal motion becomes too hot.
     if not atoms.constraints:
         Stationary(atoms, preserve_temperature=False)
@@ -212,7 +214,10 @@ def _dynamics(atoms: Atoms, timestep: float, temperature: float, ensemble: str, 
         ZeroRotation(atoms, preserve_temperature=False)
     if ensemble == "nve":
         return VelocityVerlet(atoms, timestep * units.fs)
-    return Langevin(atoms, timestep * units.fs, temperature_K=temperature, friction=friction / units.fs, rng=rng)
+    # Pitfall: fixcm=True, ASE's default, gives small molecules a wrong temperature.
+    return Langevin(
+        atoms, timestep * units.fs, temperature_K=temperature, friction=friction / units.fs, rng=rng, fixcm=False
+    )
 
 
 def _may_rotate(atoms: Atoms) -> bool:
@@ -221,10 +226,10 @@ def _may_rotate(atoms: Atoms) -> bool:
 
 
 def _degrees_of_freedom(atoms: Atoms, ensemble: str) -> int:
-    """Those of the free atoms, less overall translation, and less rotation unless a thermostat drives it."""
-    overall = 0 if atoms.constraints else 3
-    if ensemble == "nve" and _may_rotate(atoms):
-        overall += 3
+    """Those of the free atoms; less overall translation and rotation, which only a thermostat sets going again."""
+    overall = 0
+    if ensemble == "nve":
+        overall = (0 if atoms.constraints else 3) + (3 if _may_rotate(atoms) else 0)
     return max(1, int(atoms.get_number_of_degrees_of_freedom()) - overall)
 
 

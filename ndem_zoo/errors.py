@@ -15,7 +15,7 @@ class ConfigError(ValueError):
     """An option that does not exist or has a value outside what is allowed."""
 
 
-class FileFormatError(ValueError):
+class FileFormatError(DataError):
     """A file that is damaged, truncated, or not of the format that it claims."""
 
 

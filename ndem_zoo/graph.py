@@ -400,10 +400,11 @@ def to_dgl(
     energy: float | None = None,
     cell: np.ndarray | None = None,
     pbc: Sequence[bool] | None = None,
+    fixed: np.ndarray | None = None,
 ) -> DGLGraph:
     """One structure as a DGLGraph on the CPU.
 
-    Node data are ``Z`` (n,), ``R`` (n, 3) in Å and, where known, ``F`` (n, 3) in eV/Å; edge data ``shift`` (E, 3) in Å.
+    Node data are ``Z`` (n,), ``R`` (n, 3) in Å and, where known, ``F`` (n, 3) in eV/Å and ``fixed`` (n,); edge data ``shift`` (E, 3) in Å.
     DGL has no data per graph, and only node and edge data survive batching, pickling and DeepChem's disk datasets:
     ``energy`` (n,) is the *total* energy of the structure in eV, repeated on each of its atoms, and likewise ``cell``
     (n, 3, 3) in Å and ``pbc`` (n, 3) of a periodic structure. All floats are float64.
@@ -418,6 +419,8 @@ def to_dgl(
         graph.ndata["F"] = torch.as_tensor(np.array(forces, dtype=np.float64))
     if energy is not None:
         graph.ndata["energy"] = torch.full((n,), float(energy), dtype=torch.float64)
+    if fixed is not None:
+        graph.ndata["fixed"] = torch.from_numpy(np.array(fixed, dtype=bool))
     if cell is not None and pbc is not None and np.any(pbc):
         graph.ndata["cell"] = torch.as_tensor(np.array(cell, dtype=np.float64)).expand(n, 3, 3).contiguous()
         graph.ndata["pbc"] = torch.as_tensor(np.array(pbc, dtype=bool)).expand(n, 3).contiguous()
@@ -472,6 +475,6 @@ def from_dgl(graphs: DGLGraph | Sequence[DGLGraph], cutoff: float, dtype: torch.
         n_systems=len(counts),
         cutoff=float(cutoff),
         cell=cell,
-        fixed=torch.zeros(graph.num_nodes(), dtype=torch.bool, device=src.device),
+        fixed=graph.ndata.get("fixed", torch.zeros(graph.num_nodes(), dtype=torch.bool, device=src.device)),
         targets=targets,
     )

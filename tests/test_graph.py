@@ -382,3 +382,15 @@ def test_a_missing_dgl_names_the_extra():
         """
     )
     assert "pip install 'ndem_zoo[dgl]'" in result.stdout, result.stderr
+
+
+def test_fixed_atoms_survive_dgl(dgl):
+    """OC20's slabs: which atoms must not move has to come back from a batched graph."""
+    z, pos = np.array([1, 8, 1]), np.array([[0.0, 0, 0], [0, 0, 1.0], [0, 1.0, 1.0]])
+    fixed = np.array([True, False, True])
+    src, dst, shift = graph.neighbor_list(pos, 5.0)
+    one = graph.to_dgl(z, pos, src, dst, shift, fixed=fixed)
+    batch = graph.from_dgl(dgl.batch([one, one]), cutoff=5.0)
+    assert batch.fixed.tolist() == [*fixed, *fixed]
+    plain = graph.to_dgl(z, pos, src, dst, shift)
+    assert not graph.from_dgl(plain, cutoff=5.0).fixed.any()

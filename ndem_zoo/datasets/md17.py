@@ -85,7 +85,7 @@ RMD17_ADVICE = (
 
 _FIGSHARE = "https://ndownloader.figshare.com/files/{}"
 _MATERIALS_CLOUD = "https://archive.materialscloud.org/records/pfffs-fff86/files/rmd17.tar.bz2?download=1"
-_SGDML = ("http://www.quantum-machine.org/gdml/data/npz/{}", "https://sgdml.org/secure_proxy.php?file=data/npz/{}")
+_SGDML = ("https://sgdml.org/secure_proxy.php?file=data/npz/{}", "http://www.quantum-machine.org/gdml/data/npz/{}")
 
 #: Folders below the data folder in which the files may lie, as the official archives unpack.
 _SUBFOLDERS = {

@@ -86,6 +86,7 @@ class RadiusGraph(Featurizer):
             energy=structure.energy,
             cell=structure.cell,
             pbc=structure.pbc,
+            fixed=structure.fixed,
         )
 
 

@@ -1,0 +1,164 @@
+"""Numbers that are compared with publications: presets against the paper's tables, metrics against plain loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from ndem_zoo.errors import ConfigError
+from ndem_zoo.metrics import error_metrics, unit_of
+from ndem_zoo.models.torchmd_net import NDeMTorchMDNet
+from ndem_zoo.presets import PRESETS, Sourced, preset_values
+from ndem_zoo.training import TrainSettings
+
+#: 1 kcal/mol in eV: thermochemical calorie, Avogadro's number and elementary charge of CODATA 2014 (ASE's) and of the SI.
+KCAL_IN_EV = 4184.0 / 6.02214076e23 / 1.602176634e-19
+
+
+# -------------------------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 8),
+        ("warmup_steps", 1000),
+        ("lr", 0.001),
+        ("schedule", "plateau"),
+        ("plateau_factor", 0.8),
+        ("plateau_patience", 30),
+        ("min_lr", 1e-7),
+        ("force_weight", 30),
+        ("energy_weight", 1),
+        ("weight", 1),
+    ],
+)
+def test_md17_paper_is_table_7(name, value):
+    assert PRESETS["md17_paper"][name].value == value
+    assert "Table 7" in PRESETS["md17_paper"][name].source
+
+
+def test_md17_paper_has_the_network_and_noise_of_table_7():
+    backbone = PRESETS["md17_paper"]["backbone"]
+    expected = {"num_heads": 8, "num_layers": 6, "num_rbf": 32, "hidden_channels": 128}
+    assert expected.items() <= backbone.value["torchmd_net"].items()
+    assert "Table 7" in backbone.source
+    assert PRESETS["md17_paper"]["objectives"].value["ndem"]["sigma"] == 0.05
+
+
+def test_the_conflict_between_text_and_table_is_a_preset_of_its_own():
+    table, text = preset_values("md17_paper"), preset_values("md17_paper_1_100")
+    assert {name for name in table if table[name] != text[name]} == {"force_weight"}
+    assert text["force_weight"] == 100
+    assert "1:100" in PRESETS["md17_paper"]["force_weight"].source
+
+
+def test_every_number_has_a_source():
+    for preset in PRESETS.values():
+        for name, entry in preset.items():
+            assert isinstance(entry, Sourced), name
+            assert len(entry.source) > 5, name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_give_every_setting_and_nothing_unknown(preset):
+    """A forgotten entry would take the default of `TrainSettings` without a word."""
+    settings = {field.name for field in dataclasses.fields(TrainSettings)} - {"max_time", "precision", "seed"}
+    assert settings <= set(PRESETS[preset])
+    known = set(NDeMTorchMDNet().get_params(deep=False)) | {"backbone", "objectives"}
+    assert set(PRESETS[preset]) <= known
+
+
+def test_an_unknown_preset_is_refused_with_those_that_there_are():
+    with pytest.raises(ConfigError, match=r"'md18'.*md17_paper.*md17_fast"):
+        preset_values("md18")
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+@pytest.fixture(scope="module")
+def labeled():
+    """Predictions and labels of five structures of three elements, one with a single atom."""
+    rng = np.random.default_rng(3)
+    counts = np.array([3, 1, 4, 2, 5])
+    ptr = np.concatenate([[0], np.cumsum(counts)])
+    z = rng.choice([1, 6, 8], counts.sum())
+    z[:3] = 1, 6, 8
+    make = lambda: {"energy": rng.normal(size=5) - 4000.0, "forces": rng.normal(size=(counts.sum(), 3))}
+    return make(), make(), z, ptr
+
+
+def test_metrics_equal_plain_loops(labeled):
+    predicted, target, z, ptr = labeled
+    found = error_metrics(predicted, target, z, ptr)
+    energy = [p - t for p, t in zip(predicted["energy"], target["energy"], strict=True)]
+    forces = [
+        p - t for a, b in zip(predicted["forces"], target["forces"], strict=True) for p, t in zip(a, b, strict=True)
+    ]
+    expected = {
+        "energy_mae": sum(abs(e) for e in energy) / 5,
+        "energy_rmse": math.sqrt(sum(e * e for e in energy) / 5),
+        "energy_mae_per_atom": sum(abs(e) / (ptr[i + 1] - ptr[i]) for i, e in enumerate(energy)) / 5,
+        "forces_mae": sum(abs(f) for f in forces) / 45,
+        "forces_rmse": math.sqrt(sum(f * f for f in forces) / 45),
+    }
+    for symbol, number in (("H", 1), ("C", 6), ("O", 8)):
+        rows = [i for i in range(15) if z[i] == number]
+        errors = [abs(predicted["forces"][i][k] - target["forces"][i][k]) for i in rows for k in range(3)]
+        expected[f"forces_mae_{symbol}"] = sum(errors) / len(errors)
+    cosines = []
+    for a, b in zip(predicted["forces"], target["forces"], strict=True):
+        cosines.append(sum(x * y for x, y in zip(a, b, strict=True)) / math.dist(a, [0] * 3) / math.dist(b, [0] * 3))
+    expected["forces_cosine"] = sum(cosines) / 15
+    assert {name for name in found if not name.endswith("_kcal")} == set(expected)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-12), name
+
+
+def test_kcal_twins(labeled):
+    found = error_metrics(*labeled)
+    twins = {name for name in found if name.endswith("_kcal")}
+    assert twins == {"energy_mae_kcal", "energy_rmse_kcal", "forces_mae_kcal", "forces_rmse_kcal"}
+    for name in twins:
+        assert found[name] == pytest.approx(found[name.removesuffix("_kcal")] / KCAL_IN_EV, rel=1e-6)
+        assert found[name] > 20 * found[name.removesuffix("_kcal")], "1 eV is 23.06 kcal/mol"
+
+
+def test_the_errors_of_one_large_structure_count_by_their_number(labeled):
+    """An average of averages over structures would give 0.5."""
+    forces = np.zeros((10, 3))
+    forces[:1] = 1.0
+    predicted = {"forces": forces}
+    found = error_metrics(predicted, {"forces": np.zeros((10, 3))}, np.ones(10, int), np.array([0, 1, 10]))
+    assert found["forces_mae"] == pytest.approx(0.1)
+    assert found["forces_rmse"] == pytest.approx(math.sqrt(0.1))
+    assert found["forces_cosine"] == 0.0, "a zero force has no direction"
+
+
+def test_what_is_not_there_is_left_out(labeled):
+    predicted, target, z, ptr = labeled
+    energy_only = error_metrics({"energy": predicted["energy"]}, target, z, ptr)
+    assert not [name for name in energy_only if name.startswith("forces")]
+    forces_only = error_metrics(predicted, {"forces": target["forces"]}, z, ptr)
+    assert not [name for name in forces_only if name.startswith("energy")]
+    assert error_metrics(predicted, {}, z, ptr) == {}
+
+
+def test_perfect_predictions(labeled):
+    _, target, z, ptr = labeled
+    found = error_metrics(target, target, z, ptr)
+    assert found.pop("forces_cosine") == pytest.approx(1.0)
+    assert set(found.values()) == {0.0}
+
+
+def test_units_of_metrics(labeled):
+    units = {name: unit_of(name) for name in error_metrics(*labeled)}
+    assert units["energy_mae"] == "eV"
+    assert units["energy_mae_per_atom"] == "eV/atom"
+    assert units["forces_mae_kcal"] == "kcal/mol/Å"
+    assert units["forces_mae_H"] == "eV/Å"
+    assert units["forces_cosine"] == ""
