@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT))
 # The kernel that executes the tutorials must see the same package as this process.
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
 os.environ.setdefault("DGLBACKEND", "pytorch")
+# Threads of one process wait for each other on a busy machine; networks this small are no slower with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ndem_zoo._version import __version__
 
@@ -66,7 +68,7 @@ python_maximum_signature_line_length = 100
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 # Single backticks in docstrings: a link where the name is known, plain type where it is not.
-default_role = "autolink"
+default_role = "py:obj"
 
 
 def _escape(app, what, name, obj, options, lines: list[str]) -> None:
@@ -104,7 +106,10 @@ def preset_tables() -> str:
         if not is_base:
             lines += [f"As `{DEFAULT_PRESET}`, but for:", ""]
         lines += ["| keyword | value | source |", "|---|---|---|"]
-        lines += [f"| `{key}` | {_cell(value)} | {source.replace('|', chr(92) + '|')} |" for key, (value, source) in shown.items()]
+        lines += [
+            f"| `{key}` | {_cell(value)} | {source.replace('|', chr(92) + '|')} |"
+            for key, (value, source) in shown.items()
+        ]
         lines.append("")
     return "\n".join(lines)
 
@@ -117,7 +122,15 @@ def objective_options() -> str:
     for name in OBJECTIVES:
         cls = lookup(OBJECTIVES, name, "objective")
         options = f"{cls.Options.__module__}.{cls.Options.__qualname__}"
-        lines += [f"### Options of `{name}`", "", "```{eval-rst}", f".. autoclass:: {options}", "   :no-index:", "```", ""]
+        lines += [
+            f"### Options of `{name}`",
+            "",
+            "```{eval-rst}",
+            f".. autoclass:: {options}",
+            "   :no-index:",
+            "```",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -131,7 +144,10 @@ def parameter_counts() -> str:
         "ET of QM9": {"hidden_channels": 256, "num_layers": 8, "num_rbf": 64},
         "preset `md17_fast`": {"hidden_channels": 64, "num_layers": 3},
     }
-    lines = ["| setting | options | backbone and energy head | noisy-force head, in training only |", "|---|---|---|---|"]
+    lines = [
+        "| setting | options | backbone and energy head | noisy-force head, in training only |",
+        "|---|---|---|---|",
+    ]
     for name, options in settings.items():
         backbone = TorchMDNet(**options)
         head = sum(p.numel() for p in backbone.vector_head().parameters())
@@ -145,7 +161,7 @@ def benchmark_tables() -> str:
     tables = sorted(RESULTS.glob("*.md"))
     if not tables:
         return "No table has been committed to `benchmarks/accuracy/results/` yet, so none is shown.\n"
-    blocks = [f"```{{include}} {os.path.relpath(path, HERE)}\n:heading-offset: 1\n```\n" for path in tables]
+    blocks = [f"```{{include}} {os.path.relpath(path, HERE)}\n:heading-offset: 2\n```\n" for path in tables]
     return "\n".join(blocks)
 
 

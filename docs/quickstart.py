@@ -126,7 +126,9 @@ from ase import units
 
 KCAL_PER_MOL = units.kcal / units.mol
 assert errors["forces_mae"] < 0.5 * always_zero, "training does better than always saying zero"
-assert np.isclose(errors["forces_mae_kcal"] * KCAL_PER_MOL, errors["forces_mae"]), "both units are printed from one number"
+assert np.isclose(errors["forces_mae_kcal"] * KCAL_PER_MOL, errors["forces_mae"]), (
+    "both units are printed from one number"
+)
 saved = again.predict(test)
 assert np.array_equal(saved["energy"], prediction["energy"]), "a loaded model predicts the same bits"
 assert saved["forces"].shape == (1000, 9, 3)

@@ -122,15 +122,16 @@ def open_splits(source: str, valid_source: str | None = None, *, seed: int = 1, 
 
 def open_whole(source: str, **options: Any) -> MolecularDataset:
     """All structures of a source, in the order of its file; see `open_splits`."""
+    from ndem_zoo.datasets.base import split_indices
     from ndem_zoo.datasets.md17 import TooManyFramesWarning
 
     given = {name: value for name, value in options.items() if value is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TooManyFramesWarning)  # nobody trains on them
-        whole, _, _ = _load(source, **(given | {"n_train": 1.0, "n_valid": 0, "n_test": 0}))
-    if all(identity.isdigit() for identity in whole.ids):
-        return whole.select(np.argsort(whole.ids.astype(np.int64), kind="stable"))
-    return whole
+        shuffled, _, _ = _load(source, **(given | {"n_train": 1.0, "n_valid": 0, "n_test": 0, "seed": 0}))
+    # Loaders shuffle, all in the same way.
+    order, _, _ = split_indices(len(shuffled), 1.0, 0, 0, 0)
+    return shuffled.select(np.argsort(order))
 
 
 def _load(source: str, **options: Any) -> tuple[MolecularDataset, MolecularDataset, MolecularDataset]:

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -208,6 +207,8 @@ class Run:
         settings: TrainSettings,
         device: torch.device,
     ) -> None:
+        from lightning_fabric import Fabric  # here, because it takes seconds that only a training should cost
+
         self.potential, self.objective, self.settings = potential, objective, settings
         self.train_set, self.valid_set = train_set, valid_set
         accelerator = "cuda" if device.type == "cuda" else "cpu"

@@ -225,7 +225,9 @@ def test_model_without_forces_has_energies_only(ethanol, molecule):
 def test_saved_model_gives_the_same(model, molecule, tmp_path):
     model.save(tmp_path / "model")
     for path in (tmp_path / "model", str(tmp_path / "model")):
-        assert NDeMCalculator(path).get_potential_energy(molecule) == NDeMCalculator(model).get_potential_energy(molecule)
+        assert NDeMCalculator(path).get_potential_energy(molecule) == NDeMCalculator(model).get_potential_energy(
+            molecule
+        )
 
 
 def test_training_on_does_not_change_the_calculator(ethanol, molecule):
@@ -248,8 +250,9 @@ def test_relaxation_reaches_a_minimum(model, molecule):
     assert np.linalg.norm(molecule.get_forces(), axis=1).max() < 0.02
 
 
-def test_thousand_calls_do_not_fill_the_memory(model, molecule, crystal):
+def test_thousand_calls_do_not_fill_the_memory(ethanol, molecule, crystal):
     psutil = pytest.importorskip("psutil")
+    model = fit_tiny(ethanol, backbone_options=TINY | {"num_layers": 1})
     process = psutil.Process(os.getpid())
     calculator = NDeMCalculator(model)
     rng = np.random.default_rng(0)
@@ -389,7 +392,14 @@ def test_temperature_counts_internal_motion_only(molecule):
 
 def test_langevin_holds_the_temperature(molecule):
     record = run_md(
-        molecule, Springs(molecule), steps=3000, timestep=1.0, temperature=250, ensemble="langevin", friction=0.05, seed=1
+        molecule,
+        Springs(molecule),
+        steps=3000,
+        timestep=1.0,
+        temperature=250,
+        ensemble="langevin",
+        friction=0.05,
+        seed=1,
     )
     assert record.temperature[500:].mean() == pytest.approx(250, rel=0.15)
 

@@ -205,10 +205,10 @@ def test_documented_defaults_are_those_of_the_code():
 
     preset = preset_values(None)
     for where, option, default in open_choices():
-        if where == "objective_options":
+        if where == "objective":
             value = getattr(NDeMOptions(), option)
             value = preset["objectives"]["ndem"].get(option, value)
-        elif where == "backbone_options":
+        elif where == "backbone":
             value = inspect.signature(TorchMDNet).parameters[option].default
         else:
             value = preset[option]
@@ -218,7 +218,7 @@ def test_documented_defaults_are_those_of_the_code():
 def test_every_option_of_ndem_is_in_the_table():
     from ndem_zoo.objectives.ndem import NDeMOptions
 
-    documented = {option for where, option, _ in open_choices() if where == "objective_options"}
+    documented = {option for where, option, _ in open_choices() if where == "objective"}
     assert documented == {field.name for field in dataclasses.fields(NDeMOptions)}
 
 
@@ -230,19 +230,22 @@ def test_names_of_the_glossary_exist():
     fields = {field.name for field in dataclasses.fields(Batch)}
     assert {"z", "pos", "cell", "system", "src", "dst"} <= fields
     for name in re.findall(r'`ndata\["(\w+)"\]`', text):
-        assert name in {"Z", "R", "F", "energy", "cell", "pbc"}
+        assert name in {"Z", "R", "F", "fixed", "energy", "cell", "pbc"}
 
 
 @pytest.mark.dgl
 def test_graph_fields_are_the_documented_ones(dgl):
     from ase.build import bulk
+    from ase.constraints import FixAtoms
 
     from ndem_zoo import MolecularDataset, RadiusGraph, load_sample
 
     text = (DOCS / "conventions.md").read_text(encoding="utf-8")
     documented = set(re.findall(r'`ndata\["(\w+)"\]`', text))
     _, (train, _, _), _ = load_sample("ethanol")
-    crystal = RadiusGraph(3.0)(bulk("Cu"))
+    atoms = bulk("Cu")
+    atoms.set_constraint(FixAtoms([0]))
+    crystal = RadiusGraph(3.0)(atoms)
     assert set(train.graph(0).ndata) | set(crystal.ndata) == documented
     assert set(crystal.edata) == set(re.findall(r'`edata\["(\w+)"\]`', text))
     assert isinstance(train, MolecularDataset)

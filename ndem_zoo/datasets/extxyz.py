@@ -12,6 +12,7 @@ import io
 import lzma
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ndem_zoo.datasets.base import MolecularDataset, as_dataset
-from ndem_zoo.errors import DataError, FileFormatError
+from ndem_zoo.datasets.checks import check_structures, check_targets
+from ndem_zoo.errors import DataError, FileFormatError, UnitsWarning
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -74,15 +76,24 @@ def read_extxyz(
     forces_key: str | None = None,
     incomplete: str = "error",
 ) -> MolecularDataset:
-    """Read all structures of an extended XYZ file into one dataset; parameters and errors as in `load_extxyz`."""
+    """Read all structures of an extended XYZ file into one dataset; parameters and errors as in `load_extxyz`.
+
+    Structures and labels are checked here, where their numbers are still those of the file.
+    """
+    frames = read_frames(path)
     try:
-        return MolecularDataset.from_atoms(
-            read_frames(path),
+        whole = MolecularDataset.from_atoms(
+            frames,
             energy_key=energy_key,
             forces_key=forces_key,
             incomplete=incomplete,
             name=Path(path).name,
         )
+        check_structures(whole)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnitsWarning)  # comes when they are trained on
+            check_targets(whole, whole.targets)
+        return whole
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
