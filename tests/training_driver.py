@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401 (optimizers import it when first used, which takes seconds: once, not in every child)
+
 from ndem_zoo import NDeMTorchMDNet
 from ndem_zoo.datasets import read_sample
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from ase.data import atomic_numbers, chemical_symbols
 from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 
 from ndem_zoo import checkpoint as files
 from ndem_zoo import registry
@@ -39,6 +40,10 @@ FORMAT = 1
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(TrainSettings))
 _MODEL_FILES = {"config.json", "weights.safetensors", "history.csv", "card.md"}
+
+
+class ModelNotFittedError(NotFittedError, SklearnNotFittedError):
+    """Ours, and the one that scikit-learn's tools look for."""
 
 
 class NDeMModel(BaseEstimator):
@@ -506,7 +511,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
 
     def _fitted(self) -> Potential:
         if not hasattr(self, "potential_"):
-            raise NotFittedError(f"this {type(self).__name__} has no weights yet: call fit, or load a saved model")
+            raise ModelNotFittedError(f"this {type(self).__name__} has no weights yet: call fit, or load a saved model")
         return self.potential_
 
     def __sklearn_is_fitted__(self) -> bool:

@@ -39,6 +39,7 @@ from ndem_zoo.testing.common import (
     fill_weights,
     require,
     require_close,
+    require_equal,
     require_same_bits,
     resolve,
     run_probes,
@@ -504,15 +505,11 @@ def input_unchanged(case: BackboneCase) -> None:
 
 
 def repeatable(case: BackboneCase) -> None:
-    """Catches hidden state and randomness in a forward pass: the same batch twice gives the same bits (on a CPU)."""
+    """Catches hidden state and randomness in a forward pass: the same batch twice gives the same."""
     batch, potential = case.batch(example_molecules()), case.potential()
     first, second = potential(batch), potential(batch)
     for name in ("energy", "forces"):
-        value, expected = getattr(second, name), getattr(first, name)
-        if case.device == "cpu":
-            require_same_bits(value, expected, f"{name} the second time")
-        else:
-            require_close(value, expected, ROUNDING, f"{name} the second time")
+        require_equal(getattr(second, name), getattr(first, name), f"{name} the second time")
 
 
 def saved_weights(case: BackboneCase) -> None:
@@ -525,11 +522,7 @@ def saved_weights(case: BackboneCase) -> None:
     fresh.load_state_dict(stored, strict=True)
     one, other = potential(batch), fresh(batch)
     for name in ("energy", "forces"):
-        value, expected = getattr(other, name), getattr(one, name)
-        if case.device == "cpu":
-            require_same_bits(value, expected, f"{name} of the loaded weights")
-        else:
-            require_close(value, expected, ROUNDING, f"{name} of the loaded weights")
+        require_equal(getattr(other, name), getattr(one, name), f"{name} of the loaded weights")
 
 
 def golden(case: BackboneCase) -> None:

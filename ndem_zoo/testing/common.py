@@ -88,6 +88,18 @@ def require_same_bits(value: Tensor, expected: Tensor, what: str) -> None:
     require(same, f"{what}: not the same bits")
 
 
+def require_equal(value: Tensor, expected: Tensor, what: str) -> None:
+    """Raise AssertionError unless the same computation gave the same: to the last bit on a CPU, to rounding on a GPU.
+
+    GPUs add in no fixed order.
+    """
+    if value.device.type == "cpu":
+        return require_same_bits(value, expected, what)
+    error = float((value.detach() - expected.detach()).abs().max())
+    size = max(float(expected.detach().abs().max()), 1e-3)
+    require(error <= ROUNDING * size, f"{what}: differs by {error:.1e}, where values are up to {size:.1e}")
+
+
 # ---------------------------------------------------------------------------------------- weights and structures to test
 
 
