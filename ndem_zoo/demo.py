@@ -125,7 +125,7 @@ def train_one(objective: str, splits: Splits, options: DemoOptions) -> NDeMModel
 
 def judge(models: dict[str, NDeMModel], splits: Splits, options: DemoOptions) -> dict[str, RunSummary]:
     """Errors on the held-out frames, the parity plot, and NDeM's history."""
-    from ndem_zoo import runs
+    from ndem_zoo import plots, runs
     from ndem_zoo.metrics import error_metrics
     from ndem_zoo.report import RunSummary
     from ndem_zoo.training import write_history
@@ -138,10 +138,8 @@ def judge(models: dict[str, NDeMModel], splits: Splits, options: DemoOptions) ->
         record["test"] = {"n_structures": len(test)} | error_metrics(predicted, test.targets, test.z, test.ptr)
         summaries[objective] = RunSummary(NAMES[objective], record, model.history_)
     write_history(options.out / "history.csv", models["ndem"].history_)
-    if runs.has_matplotlib():
-        from ndem_zoo.plots import parity_figure, save_figure
-
-        save_figure(parity_figure(predictions, test.targets, test.ptr), options.out / "parity.png")
+    if plots.has_matplotlib():
+        plots.save_figure(plots.parity_figure(predictions, test.targets, test.ptr), options.out / "parity.png")
     return summaries
 
 

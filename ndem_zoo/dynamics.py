@@ -239,6 +239,7 @@ class _Writer:
     def __init__(self, path: Path, atoms: Atoms) -> None:
         self._path, self._atoms = path, atoms
         self._part = path.with_name(path.name + ".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self._part.open("w", encoding="utf-8")
         self._frames = 0
 

@@ -6,6 +6,7 @@ and in any thread. What the numbers are is decided in `runs.py` and `demo.py`.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 #: Choice: more points than this are shown as a density, in which none hides another.
 MAX_POINTS = 5_000
+
+
+def has_matplotlib() -> bool:
+    """Whether figures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def parity_figure(

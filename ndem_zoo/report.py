@@ -16,7 +16,7 @@ import numpy as np
 from ndem_zoo import checkpoint as files
 from ndem_zoo.errors import ConfigError, FileFormatError
 from ndem_zoo.physics import KCAL_PER_MOL
-from ndem_zoo.plots import learning_curve_figure, save_figure
+from ndem_zoo.plots import has_matplotlib, learning_curve_figure, save_figure
 from ndem_zoo.training import read_history
 
 #: Choice: differences of less than this, relative, are called equal: seeds change more.
@@ -83,7 +83,7 @@ def write_report(
     title: str = "Comparison of runs",
     figures: Sequence[str] = (),
 ) -> None:
-    """Write a page that compares runs, and a figure of their learning curves beside it.
+    """Write a page that compares runs, and, where matplotlib is installed, their learning curves beside it.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def write_report(
     path = Path(path)
     shown = list(figures)
     curves = {run.name: run.history for run in runs if run.history}
-    if curves:
+    if curves and has_matplotlib():
         save_figure(learning_curve_figure(curves), path.with_name("learning_curve.png"))
         shown.append("learning_curve.png")
     files.write_text(path, report_text(runs, title, shown))

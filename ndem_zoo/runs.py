@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import inspect
 import json
 import os
@@ -386,10 +385,10 @@ def write_plots(
     model: NDeMModel, splits: Splits, predictions: Mapping[str, Mapping[str, np.ndarray]], out: Path
 ) -> None:
     """Parity plot of the test data (else the validation data) and learning curve; nothing without matplotlib."""
+    from ndem_zoo.plots import has_matplotlib, learning_curve_figure, parity_figure, save_figure
+
     if not has_matplotlib():
         return
-    from ndem_zoo.plots import learning_curve_figure, parity_figure, save_figure
-
     objective = model.resolved_["objective"]["name"]
     save_figure(learning_curve_figure({objective: model.history_}), out / "learning_curve.png")
     shown = "test" if "test" in predictions else "valid"
@@ -397,11 +396,6 @@ def write_plots(
         part = splits.parts()[shown]
         figure = parity_figure({f"{objective}, {shown} data": predictions[shown]}, part.targets, part.ptr)
         save_figure(figure, out / "parity.png")
-
-
-def has_matplotlib() -> bool:
-    """Whether plots can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def units_of(*metrics: Mapping[str, Any]) -> dict[str, str]:

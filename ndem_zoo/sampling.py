@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from ndem_zoo.graph import PER_ATOM, Batch, make_batch
+from ndem_zoo.graph import Batch, make_batch
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
@@ -62,7 +62,8 @@ def collate(
     atoms, counts = atom_indices(dataset.ptr, indices)
 
     def rows(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: column[atoms if name in PER_ATOM else indices] for name, column in columns.items()}
+        numbers = {name: column for name, column in columns.items() if column.dtype.kind in "biuf"}  # no names, no tags
+        return {name: column[atoms if name in dataset.per_atom else indices] for name, column in numbers.items()}
 
     return make_batch(
         dataset.z[atoms],
@@ -73,5 +74,6 @@ def collate(
         pbc=None if dataset.pbc is None else dataset.pbc[indices],
         fixed=None if dataset.fixed is None else dataset.fixed[atoms],
         targets=rows(dataset.targets) if with_targets else None,
+        extras=rows(dataset.extras),
         dtype=dtype,
     )

@@ -73,10 +73,10 @@ def md17_case(folder: Path, revised: bool) -> testing.DatasetCase:
     return testing.DatasetCase(
         name="rMD17" if revised else "MD17",
         load=lambda seed: load_md17("ethanol", revised, 6, 2, seed, data_dir=folder, download=False),
-        row=4,
-        positions=pos[4],
-        energy=float(energy[4]) * EV_PER_KCAL_PER_MOL,
-        forces=forces[4] * EV_PER_KCAL_PER_MOL,
+        row=11,
+        positions=pos[11],
+        energy=float(energy[11]) * EV_PER_KCAL_PER_MOL,
+        forces=forces[11] * EV_PER_KCAL_PER_MOL,
         train_rows=[8, 11, 4, 7, 5, 0],
     )
 

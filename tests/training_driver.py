@@ -16,7 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401 (optimizers import it when first used, which takes seconds: once, not in every child)
+import lightning_fabric  # noqa: F401 (the first training imports these, which takes seconds: once, not in every child)
+import torch._dynamo  # noqa: F401
 
 from ndem_zoo import NDeMTorchMDNet
 from ndem_zoo.datasets import read_sample

@@ -203,6 +203,7 @@ def write_frames(path: Path, frames: list[Atoms]) -> None:
     """Write under a temporary name in the same folder, flush to the disk, rename."""
     from ase.io import write
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:

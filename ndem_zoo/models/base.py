@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch
+from ndem_zoo.physics import MAX_Z
 
 
 class Features(NamedTuple):
@@ -46,11 +47,13 @@ class Head(nn.Module, ABC):
 class Backbone(nn.Module, ABC):
     """A network from structures to features of atoms.
 
-    A subclass takes only keyword options with defaults, sets `cutoff` (Å) and `tiny` (options with which the contract
-    tests build it), and must not change when edges longer than `cutoff` are added to the batch.
+    A subclass takes only keyword options with defaults, sets `cutoff` (Å), `max_z` (atomic numbers below it are known)
+    and `tiny` (options with which the contract tests build it), and must not change when edges longer than `cutoff` are
+    added to the batch.
     """
 
     cutoff: float
+    max_z: int = MAX_Z + 1
     tiny: ClassVar[dict[str, Any]]
 
     @abstractmethod

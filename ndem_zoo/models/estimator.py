@@ -384,6 +384,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             potential = Potential(
                 self._make_backbone(resolved), forces=resolved["forces"], reference=reference, scale=scale
             )
+        _check_table(train_set, potential.backbone)
         objective = self._make_objective(resolved)
         with seeded(self.seed + 1):  # own draws: the potential's weights do not depend on the objective
             objective.build(potential, train_set)
@@ -637,6 +638,17 @@ def check_known_elements(z: np.ndarray, ptr: np.ndarray, known: Iterable[str]) -
         raise DataError(
             f"structure {index}: atom {bad[0] - ptr[index]} is {chemical_symbols[z[bad[0]]]}, which the model has not been "
             f"trained on; it knows {names}"
+        )
+
+
+def _check_table(dataset: MolecularDataset, backbone: Backbone) -> None:
+    """Raise DataError for an atomic number beyond the backbone's tables."""
+    bad = np.flatnonzero(dataset.z >= backbone.max_z)
+    if len(bad):
+        index = int(np.searchsorted(dataset.ptr, bad[0], side="right") - 1)
+        raise DataError(
+            f"structure {index}: atomic number {dataset.z[bad[0]]}; this backbone knows those below {backbone.max_z} "
+            "(option max_z)"
         )
 
 

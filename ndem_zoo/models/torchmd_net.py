@@ -191,7 +191,7 @@ class TorchMDNet(Backbone):
                 raise ConfigError(f"{name}={value!r}; it must be positive")
         if hidden_channels % num_heads or hidden_channels % 2:
             raise ConfigError(f"hidden_channels={hidden_channels} must be even and a multiple of num_heads={num_heads}")
-        self.hidden_channels, self.cutoff = hidden_channels, float(cutoff)
+        self.hidden_channels, self.cutoff, self.max_z = hidden_channels, float(cutoff), max_z
         self.embedding = nn.Embedding(max_z, hidden_channels)
         self.distance_expansion = ExpNormalBasis(self.cutoff, num_rbf, trainable_rbf)
         self.neighbor_embedding = NeighborEmbedding(hidden_channels, num_rbf, self.cutoff, max_z)

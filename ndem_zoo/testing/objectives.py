@@ -511,7 +511,7 @@ def loss_on(case: ObjectiveCase) -> None:
     )
     moved = noise.mask.double().mean()
     require_close(without_others.reshape(1), (masked * moved).reshape(1), ROUNDING, "loss with unmasked_weight=0")
-    require(float(every) > float(without_others) * 1.0001, "atoms that were not moved do not count with loss_on='all'")
+    require(bool(every > without_others * 1.0001), "atoms that were not moved do not count with loss_on='all'")
 
 
 def net_target(case: ObjectiveCase) -> None:
