@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch
 from ndem_zoo.models.potential import Potential, Prediction
+from ndem_zoo.noise import Noise, SigmaPer, SigmaSample, masked_gaussian
 
 Loss = Literal["mse", "l1", "smooth_l1"]
 WeightSchedule = Literal["constant", "decay", "warmup"]
@@ -74,6 +75,38 @@ class SupervisedLoss:
         weights = {"energy": self.energy_weight, "forces": self.force_weight}
         loss = _LOSSES[self.loss]
         return {name: weights[name] * loss(error, torch.zeros_like(error)) for name, error in errors.items()}
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """Options of every objective that moves atoms by Gaussian noise.
+
+    Attributes
+    ----------
+    sigma
+        Noise in Å, or a range (min, max) (NDeM, Table 7: 0.05). Choice: the same for all objectives, so that they are
+        compared at equal noise.
+    ratio
+        Fraction of the atoms that is moved.
+    sigma_sample, sigma_per
+        How a sigma is drawn from a range, and for what (NDeM: ``"batch"``; Choice: ``"structure"``, less variance).
+    """
+
+    sigma: float | tuple[float, float] = 0.05
+    ratio: float = 1.0
+    sigma_sample: SigmaSample = "loguniform"
+    sigma_per: SigmaPer = "structure"
+
+    def __post_init__(self) -> None:
+        check_sigma(self.sigma)
+        check_ratio(self.ratio)
+        check_choice("sigma_sample", self.sigma_sample, SigmaSample)
+        check_choice("sigma_per", self.sigma_per, SigmaPer)
+
+    def displace(self, batch: Batch, rng: torch.Generator, cutoff: float) -> tuple[Batch, Noise]:
+        """The batch with atoms moved, its edges complete up to `cutoff` Å, and what was done."""
+        how = {"sample": self.sigma_sample, "per": self.sigma_per}
+        return masked_gaussian(batch, rng, cutoff=cutoff, sigma=self.sigma, ratio=self.ratio, **how)
 
 
 class Objective(nn.Module, ABC):

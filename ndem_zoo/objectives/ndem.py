@@ -19,8 +19,8 @@ from ndem_zoo import curvature
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch
 from ndem_zoo.models.potential import Potential, Prediction
-from ndem_zoo.noise import Noise, SigmaPer, SigmaSample, masked_gaussian
-from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative, check_ratio, check_sigma
+from ndem_zoo.noise import Noise
+from ndem_zoo.objectives.base import NoiseOptions, Objective, check_choice, check_not_negative
 
 GradMain = Literal["stop", "flow", "label"]
 Target = Literal["paper", "kappa", "boltzmann"]
@@ -29,13 +29,11 @@ Reduction = Literal["atom_sum_xyz", "element_mean"]
 
 
 @dataclass(frozen=True)
-class NDeMOptions:
-    """Options of `NDeM`: what the paper fixes, and our choices where it does not.
+class NDeMOptions(NoiseOptions):
+    """Options of `NDeM`, besides those of the noise: what the paper fixes, and our choices where it does not.
 
     Attributes
     ----------
-    sigma
-        Noise in Å, or a range (min, max) (Table 7: 0.05).
     ratio
         Fraction of the atoms that is moved. Choice: 0.25, as DeNS on MD17; the paper gives none.
     grad_main
@@ -59,11 +57,8 @@ class NDeMOptions:
         ``"element_mean"``: averaged over all components, three times smaller.
     reuse_main_head
         True lets the main head predict the noisy forces (the paper reports that this harms).
-    sigma_sample, sigma_per
-        How a sigma is drawn from a range, and for what (paper: ``"batch"``; Choice: ``"structure"``, less variance).
     """
 
-    sigma: float | tuple[float, float] = 0.05
     ratio: float = 0.25
     grad_main: GradMain | float = "stop"
     target: Target = "paper"
@@ -73,17 +68,12 @@ class NDeMOptions:
     unmasked_weight: float = 1.0
     reduction: Reduction = "atom_sum_xyz"
     reuse_main_head: bool = False
-    sigma_sample: SigmaSample = "loguniform"
-    sigma_per: SigmaPer = "structure"
 
     def __post_init__(self) -> None:
-        check_sigma(self.sigma)
-        check_ratio(self.ratio)
+        super().__post_init__()
         check_not_negative("unmasked_weight", self.unmasked_weight)
         for name, allowed in (("target", Target), ("loss_on", LossOn), ("reduction", Reduction)):
             check_choice(name, getattr(self, name), allowed)
-        check_choice("sigma_sample", self.sigma_sample, SigmaSample)
-        check_choice("sigma_per", self.sigma_per, SigmaPer)
         if isinstance(self.grad_main, str):
             check_choice("grad_main", self.grad_main, GradMain)
         elif not (isinstance(self.grad_main, Real) and 0 <= self.grad_main <= 1):
@@ -142,15 +132,7 @@ class NDeM(Objective):
         terms = self.supervised.terms(clean, batch, potential.scale)
         if weight == 0:
             return terms
-        noisy, noise = masked_gaussian(
-            batch,
-            rng,
-            cutoff=potential.backbone.cutoff,
-            sigma=options.sigma,
-            ratio=options.ratio,
-            sample=options.sigma_sample,
-            per=options.sigma_per,
-        )
+        noisy, noise = options.displace(batch, rng, potential.backbone.cutoff)
         noisy_forces = self.noisy_forces(potential, noisy)
         # F(X) - F'(X + epsilon) = +c epsilon
         residual = self.reference_forces(potential, clean, batch, noisy_forces) - noisy_forces
