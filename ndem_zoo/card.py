@@ -32,7 +32,9 @@ def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str
         "",
         "Reference energies (eV): " + ", ".join(f"{k} {v:.6f}" for k, v in config["reference"].items()),
     ]
-    judged = [row for row in history if "valid_loss" in row]
+    # `partial_fit` begins to count its steps anew; the weights are the best ones since then.
+    begin = max((i for i in range(1, len(history)) if history[i]["step"] <= history[i - 1]["step"]), default=0)
+    judged = [row for row in history[begin:] if "valid_loss" in row]
     if judged:
         best = min(judged, key=lambda row: row["valid_loss"])
         errors = ", ".join(f"{k} {best[k]:.6g}" for k in ("valid_energy_mae", "valid_forces_mae") if k in best)

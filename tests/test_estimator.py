@@ -6,6 +6,7 @@ import inspect
 import json
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ase
@@ -190,7 +191,7 @@ def test_a_misspelt_keyword_is_an_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective_options": {"sigmaa": 0.1}}, "NDeM has no option 'sigmaa'; it has sigma, ratio, grad_main"),
+        ({"objective_options": {"sigmaa": 0.1}}, "NDeM has no option 'sigmaa'; it has sigma, ratio, .*grad_main"),
         ({"backbone_options": {"layers": 3}}, "TorchMDNet has no option 'layers'; it has .*num_layers"),
         ({"objective": "nedm"}, "there is no objective 'nedm'; there are .*ndem, noisy_nodes, supervised"),
         ({"preset": "md17"}, "there is no preset 'md17'; there are md17_paper"),
@@ -743,6 +744,24 @@ def test_the_card_says_what_the_model_is(fitted, tmp_path, train_set):
     assert train_set.split_hash in card
     assert "H, C, O" in card
     assert "10 structures" in card
+
+
+def test_the_card_names_the_errors_of_the_weights_that_it_describes(train_set, test_set, tmp_path):
+    """After partial_fit an earlier training may have had a better moment, but its weights are gone."""
+    model = estimator(validate_every=1).fit(train_set, test_set, max_steps=4)
+    model.set_params(lr=0.5).partial_fit(train_set, test_set, max_steps=3)
+    losses = [row["valid_loss"] for row in model.history_]
+    assert min(losses[:4]) < min(losses[4:])
+    model.save(tmp_path / "model")
+    card = (tmp_path / "model" / "card.md").read_text()
+    assert f"valid_forces_mae {model.evaluate(test_set)['forces_mae']:.4g}" in card
+
+
+def test_models_built_in_threads_at_once_are_those_built_alone(train_set):
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda seed: estimator(seed=seed, max_steps=1).fit(train_set), [0, 1, 0, 1]))
+    for seed, model in zip([0, 1, 0, 1], models, strict=True):
+        assert_same_model(model, estimator(seed=seed, max_steps=1).fit(train_set))
 
 
 # ------------------------------------------------------------------------------------- starting points and continuing

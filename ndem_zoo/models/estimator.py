@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,6 +40,7 @@ from ndem_zoo.training import TrainSettings, read_history, train, write_history
 FORMAT = 1
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(TrainSettings))
+_DRAWING = threading.RLock()  # models built in several threads at once must not draw in turns
 _MODEL_FILES = {"config.json", "weights.safetensors", "history.csv", "card.md"}
 
 
@@ -678,7 +680,7 @@ def torch_device(name: str) -> torch.device:
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw from torch's global generator with a seed of one's own, and leave it as it was: layers know no other."""
-    with torch.random.fork_rng(devices=[]):
+    with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # Pitfall: torch.manual_seed would seed the GPUs' generators for good
         yield
 
