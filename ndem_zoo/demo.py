@@ -126,9 +126,9 @@ def train_one(objective: str, splits: Splits, options: DemoOptions) -> NDeMModel
 def judge(models: dict[str, NDeMModel], splits: Splits, options: DemoOptions) -> dict[str, RunSummary]:
     """Errors on the held-out frames, the parity plot, and NDeM's history."""
     from ndem_zoo import plots, runs
+    from ndem_zoo.history import write_history
     from ndem_zoo.metrics import error_metrics
     from ndem_zoo.report import RunSummary
-    from ndem_zoo.training import write_history
 
     test = splits.test
     predictions, summaries = {}, {}

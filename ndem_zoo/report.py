@@ -15,9 +15,9 @@ import numpy as np
 
 from ndem_zoo import checkpoint as files
 from ndem_zoo.errors import ConfigError, FileFormatError
+from ndem_zoo.history import read_history
 from ndem_zoo.physics import KCAL_PER_MOL
 from ndem_zoo.plots import has_matplotlib, learning_curve_figure, save_figure
-from ndem_zoo.training import read_history
 
 #: Choice: differences of less than this, relative, are called equal: seeds change more.
 SAME = 0.01

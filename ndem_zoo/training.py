@@ -8,7 +8,6 @@ resumed run ends in the same bits as one that was not interrupted (on a CPU).
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import json
@@ -30,11 +29,11 @@ from torch.optim.swa_utils import AveragedModel
 from ndem_zoo import checkpoint as files
 from ndem_zoo.errors import ConfigError, FileFormatError, TrainingError
 from ndem_zoo.graph import Batch
+from ndem_zoo.history import History, HistoryLog
 from ndem_zoo.inference import predict_columns
 from ndem_zoo.metrics import error_metrics
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative
-from ndem_zoo.optional import require
 from ndem_zoo.progress import Progress
 from ndem_zoo.sampling import collate, epoch_batches, step_seed
 
@@ -181,18 +180,6 @@ class State:
     waited: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     summed_steps: int = 0  # steps since the last row of the history, whose terms `Run.sums` holds
-
-
-class History(list):
-    """Rows of a training, one dict for each validation, and how it ended.
-
-    Attributes
-    ----------
-    interrupted : bool
-        Whether Ctrl-C ended it before its limits.
-    """
-
-    interrupted: bool = False
 
 
 class Run:
@@ -543,71 +530,6 @@ def validation_metrics(
     metrics = error_metrics(predicted, dataset.targets, dataset.z, dataset.ptr)
     kept = ("energy_mae", "forces_mae", "forces_rmse")
     return {"valid_loss": float(sum(terms.values()))} | {f"valid_{k}": metrics[k] for k in kept if k in metrics}
-
-
-class HistoryLog:
-    """Writes the history as it grows: ``history.csv``, and TensorBoard when asked."""
-
-    def __init__(self, directory: Path | None, tensorboard: bool, rows: list[dict[str, float]]) -> None:
-        self._path = None if directory is None else directory / "history.csv"
-        self._rows, self._header = list(rows), _header(rows)
-        self._board = None
-        if tensorboard:
-            board = require("torch.utils.tensorboard", extra="tensorboard")
-            # Rows after the checkpoint that is continued from come again.
-            last = int(rows[-1]["step"]) if rows else 0
-            self._board = board.SummaryWriter(str(directory / "tensorboard"), purge_step=last + 1)
-        if self._path is not None:
-            write_history(self._path, rows)
-
-    def add(self, row: dict[str, float]) -> None:
-        """Append a row; the file is written anew when a column is new (a term may begin later than others)."""
-        self._rows.append(row)
-        if self._path is not None and not set(row) <= set(self._header):
-            self._header = _header(self._rows)
-            write_history(self._path, self._rows)
-        elif self._path is not None:
-            with self._path.open("a", newline="", encoding="utf-8") as file:
-                file.write(_line(row, self._header))
-        if self._board is not None:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, int(row["step"]))
-
-    def close(self) -> None:
-        """Flush."""
-        if self._board is not None:
-            self._board.close()
-
-
-def write_history(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write a history as CSV, with an empty cell for what a row lacks; an empty history as an empty file."""
-    header = _header(rows)
-    lines = [",".join(header) + "\n"] if rows else []
-    files.write_text(path, "".join(lines + [_line(row, header) for row in rows]))
-
-
-def _header(rows: list[dict[str, float]]) -> list[str]:
-    """Names of all columns, in the order in which they appear."""
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def _line(row: dict[str, float], header: list[str]) -> str:
-    return ",".join(repr(row[name]) if name in row else "" for name in header) + "\n"
-
-
-def read_history(path: Path) -> list[dict[str, float]]:
-    """Read what `write_history` wrote.
-
-    Raises
-    ------
-    FileFormatError
-        If a cell is not a number.
-    """
-    with path.open(newline="", encoding="utf-8") as file:
-        try:
-            return [{name: float(value) for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
-        except (TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} is damaged: {error}") from error
 
 
 @contextlib.contextmanager

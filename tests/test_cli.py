@@ -19,7 +19,7 @@ pytest.importorskip("typer")
 from ndem_zoo import NDeMTorchMDNet, cli, plots, runs
 from ndem_zoo.datasets import write_extxyz
 from ndem_zoo.errors import ConfigError
-from ndem_zoo.training import read_history
+from ndem_zoo.history import read_history
 
 TINY = "--preset md17_fast --set hidden_channels=8 --set num_layers=1 --set num_heads=2 --set num_rbf=8".split()
 SHORT = [*TINY, *"--n-train 24 --n-valid 8 --n-test 10 --set validate_every=4 --device cpu --quiet".split()]

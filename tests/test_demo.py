@@ -10,7 +10,7 @@ from ase.io import read
 pytest.importorskip("matplotlib")
 
 from ndem_zoo import NDeMTorchMDNet, demo
-from ndem_zoo.training import read_history
+from ndem_zoo.history import read_history
 
 
 @pytest.fixture(scope="module")

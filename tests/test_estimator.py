@@ -777,6 +777,16 @@ def test_init_from(train_set, test_set, fitted, tmp_path, form):
     assert_same_predictions(other.predict(test_set), fitted.predict(test_set))
 
 
+def test_init_from_gives_the_same_forces_whatever_the_new_data(train_set, test_set, fitted):
+    """Data with twice the forces would have twice the scale: fine-tuning must not begin with doubled predictions."""
+    columns = train_set.columns() | {"targets": {name: 2.0 * value for name, value in train_set.targets.items()}}
+    doubled = type(train_set)(**columns)
+    model = estimator(lr=0.0, weight_decay=0.0).fit(doubled, init_from=fitted, max_steps=1)
+    np.testing.assert_array_equal(model.predict(test_set)["forces"], fitted.predict(test_set)["forces"])
+    asked = estimator(lr=0.0, scale=7.0).fit(doubled, init_from=fitted, max_steps=1)
+    assert float(asked.potential_.scale) == 7.0
+
+
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"hidden_channels": 16}])
 def test_init_from_another_architecture(train_set, fitted, options):
     with pytest.raises(ConfigError, match="init_from has another architecture"):

@@ -23,8 +23,9 @@ import torch
 from ndem_zoo import checkpoint as files
 from ndem_zoo import training
 from ndem_zoo.errors import ConfigError, FileFormatError, TrainingError
+from ndem_zoo.history import read_history, write_history
 from ndem_zoo.models.torchmd_net import NDeMTorchMDNet
-from ndem_zoo.training import Run, TrainSettings, read_history, write_history
+from ndem_zoo.training import Run, TrainSettings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = {"hidden_channels": 8, "num_layers": 1, "num_heads": 2, "num_rbf": 4}

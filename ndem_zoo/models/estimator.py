@@ -27,6 +27,7 @@ from ndem_zoo.card import model_card
 from ndem_zoo.datasets.base import MolecularDataset, as_dataset
 from ndem_zoo.datasets.checks import check_structures, check_targets
 from ndem_zoo.errors import ConfigError, DataError, FileFormatError, NotFittedError
+from ndem_zoo.history import read_history, write_history
 from ndem_zoo.inference import predict_columns
 from ndem_zoo.metrics import error_metrics
 from ndem_zoo.models.base import Backbone, options_of
@@ -34,7 +35,7 @@ from ndem_zoo.models.potential import Potential
 from ndem_zoo.objectives.base import Objective, SupervisedLoss
 from ndem_zoo.physics import MAX_Z, fit_reference_energies
 from ndem_zoo.presets import preset_values
-from ndem_zoo.training import TrainSettings, read_history, train, write_history
+from ndem_zoo.training import TrainSettings, train
 
 #: Version of the layout of a saved model's folder.
 FORMAT = 1
@@ -205,7 +206,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             Limits on passes over the data, steps and seconds; training ends with the first that is reached. Given any
             of them, those of the constructor and preset do not hold.
         init_from
-            A fitted or saved model whose backbone, energy and force heads are the starting point.
+            A fitted or saved model whose backbone, energy and force heads are the starting point, and whose scale is
+            kept unless the keyword `scale` is given.
         checkpoint_dir
             Folder for ``history.csv`` and checkpoints.
         checkpoint_every
@@ -392,7 +394,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             objective.build(potential, train_set)
         if init_from is not None:
             source = init_from if isinstance(init_from, NDeMModel) else NDeMModel.load(init_from)
-            _copy_weights(source._fitted(), potential)
+            _copy_weights(source._fitted(), potential, keep_scale=self.scale is not None)
         self.resolved_ = resolved
         self.potential_, self.objective_ = potential, objective
         self.reference_ = _by_symbol(reference, train_set.z)
@@ -691,9 +693,12 @@ def _settings(resolved: dict[str, Any], limits: dict[str, Any]) -> TrainSettings
     return TrainSettings(**resolved["settings"] | (limits if given else {}))
 
 
-def _copy_weights(source: Potential, target: Potential) -> None:
-    """Take over backbone and heads; reference energies and scale stay those of the new data."""
-    own = {"reference", "scale"}
+def _copy_weights(source: Potential, target: Potential, keep_scale: bool) -> None:
+    """Take over backbone, heads, and the scale that they were trained in; reference energies stay those of the new data.
+
+    With `keep_scale` the target's own scale, which was asked for, stays too.
+    """
+    own = {"reference", "scale"} if keep_scale else {"reference"}
     state = {name: value for name, value in source.state_dict().items() if name not in own}
     try:
         result = target.load_state_dict(state, strict=False)
