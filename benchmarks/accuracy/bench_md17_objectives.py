@@ -153,24 +153,20 @@ def table(record: dict[str, Any]) -> str:
             continue
         lines += ["", f"## {n_train} training frames, equal {budget}", ""]
         lines += [
-            "| objective | steps | cost of a step | force MAE | difference to supervised | energy MAE |",
-            "|" + "---|" * 6,
+            "| objective | steps | seeds | cost of a step | force MAE | difference to supervised | energy MAE |",
+            "|" + "---|" * 7,
         ]
         base = {r["seed"]: r["test"]["forces_mae_kcal"] for r in runs["supervised"]}
         for name, found in runs.items():
             force = [r["test"]["forces_mae_kcal"] for r in found]
             energy = [r["test"]["energy_mae_kcal"] for r in found]
+            paired = [r["seed"] for r in found if r["seed"] in base]
             pairs = [r["test"]["forces_mae_kcal"] - base[r["seed"]] for r in found if r["seed"] in base]
-            difference = (
-                ""
-                if name == "supervised"
-                else (
-                    f"{100 * statistics.mean(pairs) / statistics.mean(base.values()):+.1f} % ({statistics.mean(pairs):+.4f} ± {_error(pairs):.4f})"
-                )
-            )
+            relative = 100 * sum(pairs) / sum(base[seed] for seed in paired) if paired else float("nan")
+            difference = f"{relative:+.1f} % ({statistics.mean(pairs):+.4f} ± {_error(pairs):.4f})" if paired else ""
             lines.append(
-                f"| {name} | {found[0]['steps']:,} | {record['step_times'][name]['ratio']:.2f} | "
-                f"{statistics.mean(force):.4f} ± {_spread(force):.4f} | {difference} | "
+                f"| {name} | {found[0]['steps']:,} | {len(found)} | {record['step_times'][name]['ratio']:.2f} | "
+                f"{statistics.mean(force):.4f} ± {_spread(force):.4f} | {'' if name == 'supervised' else difference} | "
                 f"{statistics.mean(energy):.4f} ± {_spread(energy):.4f} |"
             )
     return "\n".join(lines) + "\n"
