@@ -41,8 +41,8 @@ class DemoOptions:
     seconds
         Time of each training.
     threads
-        Of torch. Choice: 1; the tensors of nine atoms are too small to share, and threads that wait for each other on a
-        busy machine are slower than one (measured at load 4 on two cores: 45 steps with two, 335 with one).
+        Of torch. Choice: 1; threads that wait for each other on a busy machine can be far slower than one. A single test of
+        15 s, at load 4 on two cores: supervised 45 steps with two threads and 335 with one, NDeM 313 and 256.
     md_steps
         Steps of 0.5 fs.
     n_test
