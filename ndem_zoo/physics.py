@@ -47,7 +47,11 @@ def forces_from_energy(energy: Float[Tensor, " S"], pos: Float[Tensor, "N 3"], c
     """
     if not energy.requires_grad:  # a structure without edges, say
         return torch.zeros_like(pos)
-    (gradient,) = torch.autograd.grad(energy.sum(), pos, create_graph=create_graph, allow_unused=True)
+    pos.forces_only = True  # says to hand-written passes (`ndem_zoo.fused`) that no gradient of a weight is wanted
+    try:
+        (gradient,) = torch.autograd.grad(energy.sum(), pos, create_graph=create_graph, allow_unused=True)
+    finally:
+        del pos.forces_only
     return torch.zeros_like(pos) if gradient is None else -gradient
 
 

@@ -55,6 +55,10 @@ class Backbone(nn.Module, ABC):
     cutoff: float
     max_z: int = MAX_Z + 1
     tiny: ClassVar[dict[str, Any]]
+    #: How the pass is run: ``"eager"``, plain and the reference, or one of `plans`.
+    plan: str = "eager"
+    #: Plans that this backbone has; all give the same numbers.
+    plans: ClassVar[tuple[str, ...]] = ("eager",)
 
     @abstractmethod
     def forward(self, batch: Batch, node_vectors: Float[Tensor, "N 3"] | None = None) -> Features:

@@ -169,6 +169,7 @@ class TorchMDNet(Backbone):
     Thölke and De Fabritiis, ICLR 2022, Table 5 (hyper-parameters); torchmd-net issue 254 (`vector_cutoff`).
     """
 
+    plans: ClassVar[tuple[str, ...]] = ("eager", "fused")
     tiny: ClassVar[dict] = {"hidden_channels": 16, "num_layers": 2, "num_heads": 2, "num_rbf": 8}
 
     def __init__(
@@ -213,12 +214,18 @@ class TorchMDNet(Backbone):
         ConfigError
             If `node_vectors` are given to a backbone without ``encode_vectors=True``.
         """
+        vec = self._initial_vectors(batch, node_vectors)
+        if self.plan == "fused":
+            from ndem_zoo.fused.plan import features
+
+            found = features(self, batch, vec)
+            if found is not None:
+                return Features(*found)
         n = batch.z.shape[0]
         edge = batch.vectors()
         distance = safe_norm(edge)
         rbf = self.distance_expansion(distance)
         x = self.neighbor_embedding(self.embedding(batch.z), batch, distance, rbf)
-        vec = self._initial_vectors(x, node_vectors)
 
         # Attention includes the atom itself, at distance 0 and without direction.
         loop = torch.arange(n, device=x.device)
@@ -233,13 +240,13 @@ class TorchMDNet(Backbone):
             vec = x.new_zeros(n, 3, self.hidden_channels)
         return Features(self.out_norm(x), vec)
 
-    def _initial_vectors(self, x: Tensor, node_vectors: Tensor | None) -> Float[Tensor, "N 3 C"] | None:
+    def _initial_vectors(self, batch: Batch, node_vectors: Tensor | None) -> Float[Tensor, "N 3 C"] | None:
         """The encoded vectors of the atoms; None for zeros."""
         if node_vectors is None:
             return None
         if self.vector_embedding is None:
             raise ConfigError("this TorchMDNet takes no node_vectors; build it with encode_vectors=True")
-        return node_vectors.to(x.dtype).unsqueeze(-1) * self.vector_embedding
+        return node_vectors.to(batch.pos.dtype).unsqueeze(-1) * self.vector_embedding
 
     def scalar_head(self) -> Head:
         """Two gated equivariant blocks; the scalar output (86,530 parameters at 128 channels)."""

@@ -1,0 +1,388 @@
+"""The kernels of `kernels.cpp`: compiled on first use, kept for later, called through their C interface.
+
+Installing the package needs no compiler. The first fused pass on a CPU calls the one that is there (CXX, or c++, g++,
+clang++) once, for some 20 seconds, and keeps the library in the user's cache folder under a name that holds a hash of
+source, compiler, flags and processor. Where that is impossible, `kernels` returns None, and the same passes run on
+`torch_kernels.TorchKernels`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ndem_zoo.fused.pairs import Layer, Pairs
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+
+#: No -ffast-math: NaN must pass through, and linking with it changes how the whole process treats tiny numbers.
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w"]
+
+#: Choice: a compiler that takes longer than this (s) is given up.
+TIMEOUT = 300
+
+#: How many native kernels have run in this process: what a count of launches adds to those that torch sees.
+calls = 0
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: NDEM_ZOO_CACHE, or ``ndem_zoo`` in the user's cache folder."""
+    chosen = os.environ.get("NDEM_ZOO_CACHE")
+    if chosen:
+        return Path(chosen) / "kernels"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ndem_zoo" / "kernels"
+
+
+def _compiler() -> str | None:
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for path in map(shutil.which, candidates) if path), None)
+
+
+def _processor() -> str:
+    """Model and instruction sets: a library made for one processor must not be used on another."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    return platform.processor() + platform.machine()
+
+
+def _run(command: list[str]) -> str:
+    """Output of a command.
+
+    Raises
+    ------
+    RuntimeError
+        If it fails; holds the last lines of what it said.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"{command[0]}: {error}") from error
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {' '.join((done.stderr or done.stdout).split()[-60:])}")
+    return done.stdout
+
+
+def build(folder: Path) -> Path:
+    """Compile the kernels for this processor into `folder`, unless they are there; returns the library.
+
+    Raises
+    ------
+    RuntimeError
+        If there is no compiler, or it fails.
+    OSError
+        If the folder cannot be written.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        raise RuntimeError("there is no C++ compiler (CXX, c++, g++ or clang++)")
+    version = _run([compiler, "--version"])
+    identity = "\n".join([SOURCE.read_text(encoding="utf-8"), version, " ".join(FLAGS), _processor()])
+    library = folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
+        result = Path(scratch) / library.name
+        # The best first: all vector instructions of this processor and threads. Compilers differ in what they know.
+        native = ["-march=native"] if platform.machine() in ("x86_64", "AMD64") else ["-mcpu=native"]
+        wide = ["-mprefer-vector-width=512"] if "avx512f" in _processor() else []
+        attempts = [[*native, *wide, "-fopenmp"], [*native, "-fopenmp"], native, []]
+        for attempt, extra in enumerate(attempts):
+            try:
+                _compile(compiler, extra, Path(scratch), result)
+                break
+            except RuntimeError:
+                if attempt == len(attempts) - 1:
+                    raise
+        os.replace(result, library)
+    return library
+
+
+def _compile(compiler: str, extra: list[str], scratch: Path, result: Path) -> None:
+    """Compile and link; torch's own OpenMP library, already loaded, serves the threads where its symbols are found."""
+    shared = [flag for flag in FLAGS if flag != "-shared"]
+    obj = scratch / "kernels.o"
+    _run([compiler, *shared, *extra, "-c", str(SOURCE), "-o", str(obj)])
+    _run([compiler, "-shared", "-fPIC", str(obj), "-o", str(result)])  # without -fopenmp: see above
+    try:
+        ctypes.CDLL(str(result), mode=os.RTLD_NOW)
+    except OSError as error:
+        raise RuntimeError(f"the compiled kernels cannot be loaded: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def kernels() -> NativeKernels | None:
+    """The compiled kernels; None, after one warning, where they cannot be had (or NDEM_ZOO_NATIVE=0)."""
+    if os.environ.get("NDEM_ZOO_NATIVE", "1") == "0":
+        return None
+    try:
+        return NativeKernels(build(cache_folder()))
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"the native kernels are not available ({error}); the fused plan runs on PyTorch's own operations instead, "
+            "with the same results and less speed",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class NativeKernels:
+    """The kernels as methods on CPU tensors, float32 or float64.
+
+    Same interface as `torch_kernels.TorchKernels`; see `kernels.cpp` for what each one computes. Arguments must be
+    contiguous, of one dtype: the plan takes care of that.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._functions: dict[tuple[str, torch.dtype], ctypes._CFuncPtr] = {}
+
+    def _call(self, name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> int:
+        global calls
+        calls += 1
+        function = self._functions.get((name, dtype))
+        if function is None:
+            function = getattr(self._library, f"{name}_{'f32' if dtype == torch.float32 else 'f64'}")
+            function.restype = ctypes.c_int64 if name == "find_pairs" else None
+            kinds = {float: ctypes.c_double, int: ctypes.c_int64}
+            function.argtypes = [kinds.get(type(argument), ctypes.c_void_p) for argument in arguments]
+            self._functions[name, dtype] = function
+        return function(*[_address(a) if a is None or isinstance(a, Tensor) else a for a in arguments])
+
+    # -------------------------------------------------------------------------------------------------------- pairs
+
+    def pairs(
+        self, src: Tensor, dst: Tensor, shift: Tensor, pos: Tensor, system: Tensor, cutoff: float
+    ) -> Pairs | None:
+        """Pairs within the cutoff in Å; None if the edges do not hold both directions of each."""
+        room = src.shape[0] // 2 + 1
+        first, second = (torch.empty(room, dtype=torch.int32) for _ in range(2))
+        edge = pos.new_empty(room, 3)
+        arguments = (src.contiguous(), dst.contiguous(), shift.contiguous(), pos, cutoff)
+        found = self._call("find_pairs", pos.dtype, src.shape[0], *arguments, first, second, edge)
+        if found < 0:
+            return None
+        first, second = first[:found], second[:found]
+        pair_ptr, atom_ptr = _ranges(first, system, torch.get_num_threads())
+        return Pairs(pos.shape[0], first, second, edge[:found], pair_ptr, atom_ptr)
+
+    def radial(
+        self, pairs: Pairs, cutoff: float, vector_cutoff: bool, means: Tensor, betas: Tensor, derivative: bool
+    ) -> None:
+        """Set `geometry`, `rbf` and `rbf_r` of the pairs."""
+        p, k = pairs.p, means.shape[0]
+        pairs.geometry = pairs.edge.new_empty(p, 8)
+        pairs.rbf = pairs.edge.new_empty(p + 1, k)
+        pairs.rbf_r = pairs.edge.new_empty(p, k) if derivative else None
+        arguments = (pairs.edge, means, betas, pairs.geometry, pairs.rbf, pairs.rbf_r)
+        self._call("radial", pairs.edge.dtype, p, k, float(cutoff), int(vector_cutoff), *arguments)
+
+    def geometry_backward(self, pairs: Pairs, g_change: Tensor) -> Tensor:
+        """Adjoints of the positions (N, 3)."""
+        g_pos = g_change.new_empty(pairs.n, 3)
+        arguments = (pairs.first, pairs.second, pairs.geometry, g_change, g_pos)
+        self._call("geometry_backward", g_change.dtype, pairs.n, pairs.p, *arguments)
+        return g_pos
+
+    def geometry_tangent(self, pairs: Pairs, pos_t: Tensor) -> Tensor:
+        """Changes of distances and unit vectors (P, 4)."""
+        change = pos_t.new_empty(pairs.p, 4)
+        arguments = (pairs.first, pairs.second, pairs.geometry, pos_t, change)
+        self._call("geometry_tangent", pos_t.dtype, pairs.p, *arguments)
+        return change
+
+    # --------------------------------------------------------------------------------------- attention over the pairs
+
+    def _pair(self, name: str, pairs: Pairs, layer: Layer, *arguments: Tensor | None) -> None:
+        sizes = (layer.width, pairs.n, pairs.p, layer.channels, layer.heads, pairs.atom_ptr.shape[0] - 1)
+        ranges = (pairs.pair_ptr, pairs.atom_ptr, pairs.first, pairs.second, pairs.geometry)
+        self._call(name, layer.y.dtype, *sizes, *ranges, *arguments)
+
+    def pair_forward(self, pairs: Pairs, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Sums of messages, scalar (N, C) and vector (N, 3, C); sets the layer's scores."""
+        y, n, c, h = layer.y, pairs.n, layer.channels, layer.heads
+        layer.score, layer.score_self = y.new_empty(pairs.p, 2 * h), y.new_empty(n, h)
+        x_out, v_out = y.new_empty(n, c), y.new_empty(n, 3, c)
+        arguments = (layer.filter_bias, layer.pre, y, layer.vec, layer.score, layer.score_self, x_out, v_out)
+        self._pair("pair_forward", pairs, layer, *arguments)
+        return x_out, v_out
+
+    def pair_backward(
+        self, pairs: Pairs, layer: Layer, g_x: Tensor, g_v: Tensor, g_vec: Tensor | None, g_change: Tensor | None,
+        filters: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Adjoints of [q | k | v] and, if asked for, of the filters; adds to those of vec and of the geometry."""
+        g_y = torch.empty_like(layer.y)
+        g_pre = torch.empty_like(layer.pre) if filters else None
+        arguments = (layer.filter_bias, layer.pre, layer.pre_r, layer.y, layer.vec, layer.score, layer.score_self)
+        self._pair("pair_backward", pairs, layer, *arguments, g_x, g_v, g_y, g_vec, g_change, g_pre)
+        return g_y, g_pre
+
+    def pair_tangent(
+        self, pairs: Pairs, layer: Layer, change: Tensor, y_t: Tensor, vec_t: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tangents of both sums, and of the scores of pairs and of the atoms themselves."""
+        score_t, score_self_t = torch.empty_like(layer.score), torch.empty_like(layer.score_self)
+        x_t, v_t = y_t.new_empty(pairs.n, layer.channels), y_t.new_empty(pairs.n, 3, layer.channels)
+        values = (layer.filter_bias, layer.pre, layer.pre_r, layer.y, y_t, layer.vec, vec_t)
+        scores = (layer.score, layer.score_self, score_t, score_self_t)
+        self._pair("pair_tangent", pairs, layer, change, *values, *scores, x_t, v_t)
+        return x_t, v_t, score_t, score_self_t
+
+    def pair_reverse(
+        self, pairs: Pairs, layer: Layer, change: Tensor, y_t: Tensor, vec_t: Tensor | None, score_t: Tensor,
+        score_self_t: Tensor, g_x: Tensor, g_v: Tensor, m_x: Tensor, m_v: Tensor, m_vec: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Adjoints of [q | k | v], of the filters and of their derivatives by distance; adds to those of vec."""
+        m_y, m_pre, m_pre_r = (torch.empty_like(t) for t in (layer.y, layer.pre, layer.pre_r))
+        values = (layer.filter_bias, layer.pre, layer.pre_r, layer.y, y_t, layer.vec, vec_t)
+        scores = (layer.score, layer.score_self, score_t, score_self_t)
+        self._pair(
+            "pair_reverse", pairs, layer, change, *values, *scores, g_x, g_v, m_x, m_v, m_y, m_vec, m_pre, m_pre_r
+        )
+        return m_y, m_pre, m_pre_r
+
+    # -------------------------------------------------------------------------------------------- neighbor embedding
+
+    def _embed(self, name: str, pairs: Pairs, bias: Tensor, *arguments: Tensor | None) -> None:
+        c = bias.shape[0]
+        self._call(name, bias.dtype, lanes(c), pairs.n, pairs.p, c, pairs.first, pairs.second, pairs.geometry, *arguments)
+
+    def embed_forward(self, pairs: Pairs, bias: Tensor, pre: Tensor, emb: Tensor) -> Tensor:
+        """Sum over neighbors (N, C)."""
+        out = torch.empty_like(emb)
+        self._embed("embed_forward", pairs, bias, bias, pre, emb, out)
+        return out
+
+    def embed_backward(
+        self, pairs: Pairs, bias: Tensor, pre: Tensor, pre_r: Tensor | None, emb: Tensor, g_out: Tensor,
+        g_change: Tensor | None, filters: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Adjoints of the filters and of `emb`, if asked for; adds to those of the geometry."""
+        g_pre, g_emb = (torch.empty_like(pre), torch.zeros_like(emb)) if filters else (None, None)
+        self._embed("embed_backward", pairs, bias, bias, pre, pre_r, emb, g_out, g_change, g_pre, g_emb)
+        return g_pre, g_emb
+
+    def embed_tangent(
+        self, pairs: Pairs, change: Tensor, bias: Tensor, pre: Tensor, pre_r: Tensor, emb: Tensor
+    ) -> Tensor:
+        """Tangent of the sum (N, C)."""
+        out_t = torch.empty_like(emb)
+        self._embed("embed_tangent", pairs, bias, change, bias, pre, pre_r, emb, out_t)
+        return out_t
+
+    def embed_reverse(
+        self, pairs: Pairs, change: Tensor, bias: Tensor, pre: Tensor, pre_r: Tensor, emb: Tensor, g_out: Tensor,
+        m_out: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Adjoints of the filters, of their derivatives by distance, and of `emb`."""
+        m_pre, m_pre_r, m_emb = torch.empty_like(pre), torch.empty_like(pre_r), torch.zeros_like(emb)
+        arguments = (change, bias, pre, pre_r, emb, g_out, m_out, m_pre, m_pre_r, m_emb)
+        self._embed("embed_reverse", pairs, bias, *arguments)
+        return m_pre, m_pre_r, m_emb
+
+    # ---------------------------------------------------------------------------------------------------- atoms
+
+    def _atoms(self, name: str, like: Tensor, *arguments: Tensor | float | None) -> None:
+        n, c = like.shape
+        self._call(name, like.dtype, lanes(c), n, c, *arguments)
+
+    def norm_forward(self, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalized x, 1 / standard deviation, and the result."""
+        unit, inverse, out = torch.empty_like(x), x.new_empty(x.shape[0]), torch.empty_like(x)
+        self._atoms("norm_forward", x, float(eps), x, gamma, beta, unit, inverse, out)
+        return unit, inverse, out
+
+    def norm_backward(
+        self, unit: Tensor, inverse: Tensor, gamma: Tensor, g_out: Tensor, g_x: Tensor, parameters: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Adds to the adjoint `g_x`; adjoints of gamma and beta, if asked for."""
+        g_gamma, g_beta = (torch.zeros_like(gamma), torch.zeros_like(gamma)) if parameters else (None, None)
+        self._atoms("norm_backward", unit, unit, inverse, gamma, g_out, g_x, g_gamma, g_beta)
+        return g_gamma, g_beta
+
+    def norm_tangent(self, unit: Tensor, inverse: Tensor, gamma: Tensor, x_t: Tensor) -> Tensor:
+        """Tangent of the result."""
+        out_t = torch.empty_like(unit)
+        self._atoms("norm_tangent", unit, unit, inverse, gamma, x_t, out_t)
+        return out_t
+
+    def norm_reverse(
+        self, unit: Tensor, inverse: Tensor, gamma: Tensor, x_t: Tensor, g_out: Tensor, m_out: Tensor, m_x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Adds to the adjoint `m_x`; adjoints of gamma and beta."""
+        m_gamma, m_beta = torch.zeros_like(gamma), torch.zeros_like(gamma)
+        self._atoms("norm_reverse", unit, unit, inverse, gamma, x_t, g_out, m_out, m_x, m_gamma, m_beta)
+        return m_gamma, m_beta
+
+    def update_forward(
+        self, x: Tensor, vec: Tensor | None, o: Tensor, w: Tensor | None, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scalars and vectors after the layer."""
+        x_out, vec_out = torch.empty_like(x), torch.empty_like(v)
+        self._atoms("update_forward", x, x, vec, o, w, v, x_out, vec_out)
+        return x_out, vec_out
+
+    def update_backward(
+        self, o: Tensor, w: Tensor | None, g_x: Tensor, g_vec: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Adjoints of o and w."""
+        g_o, g_w = torch.empty_like(o), None if w is None else torch.empty_like(w)
+        self._atoms("update_backward", g_x, o, w, g_x, g_vec, g_o, g_w)
+        return g_o, g_w
+
+    def update_tangent(
+        self, x_t: Tensor, vec_t: Tensor | None, o: Tensor, w: Tensor | None, o_t: Tensor, w_t: Tensor | None,
+        v_t: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Tangents of scalars and vectors after the layer."""
+        x_out, vec_out = torch.empty_like(x_t), torch.empty_like(v_t)
+        self._atoms("update_tangent", x_t, x_t, vec_t, o, w, o_t, w_t, v_t, x_out, vec_out)
+        return x_out, vec_out
+
+    def update_reverse(
+        self, o: Tensor, w: Tensor | None, o_t: Tensor, w_t: Tensor | None, g_x: Tensor, g_vec: Tensor, m_x: Tensor,
+        m_vec: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Adjoints of o and w."""
+        m_o, m_w = torch.empty_like(o), None if w is None else torch.empty_like(w)
+        self._atoms("update_reverse", g_x, o, w, o_t, w_t, g_x, g_vec, m_x, m_vec, m_o, m_w)
+        return m_o, m_w
+
+
+def lanes(channels: int) -> int:
+    """The largest power of two up to 16 that divides `channels`: how many of them one operation works on."""
+    return min(16, channels & -channels)
+
+
+def _ranges(first: Tensor, system: Tensor, threads: int) -> tuple[Tensor, Tensor]:
+    """Pairs and atoms cut into ranges of whole structures, several for each thread: (R + 1,) each."""
+    n, p = system.shape[0], first.shape[0]
+    ends = torch.tensor([0, n]), torch.tensor([0, p])
+    if threads == 1 or n == 0:
+        return ends[1], ends[0]
+    begins = torch.cat([ends[0][:1], (system[1:] != system[:-1]).nonzero().flatten() + 1])  # first atom of each structure
+    wanted = torch.arange(1, 4 * threads) * n // (4 * threads)
+    inner = begins[torch.searchsorted(begins, wanted).clamp(max=len(begins) - 1)].unique()
+    atom_ptr = torch.cat([ends[0][:1], inner[inner > 0], ends[0][1:]])
+    pair_ptr = torch.searchsorted(first.long(), atom_ptr[1:-1])
+    return torch.cat([ends[1][:1], pair_ptr, ends[1][1:]]), atom_ptr

@@ -1,0 +1,499 @@
+"""The fused execution plan of TorchMD-NET's Equivariant Transformer: the same numbers as `TorchMDNet`, in less time.
+
+The module's own `forward` is the definition; here the same pass is run with hand-written derivatives, as one node of
+autograd. Training on forces needs the gradient, by the weights, of
+
+    J = f(x, vec) + <v, dE/dpos>        (f: what the heads make of the features; v: from the loss of the forces)
+
+and <v, dE/dpos> is the derivative of E along v. So four passes give everything, and nothing is differentiated twice:
+
+    forward    features of the atoms
+    backward   dE/dpos; the adjoint of every value on the way is kept
+    tangent    derivative of every value along v
+    reverse    adjoints of all values in J. Those of the tangents need no computing: they are the adjoints of
+               `backward`.
+
+Filters are made once for each pair, together with their derivative by the distance, so that no adjoint of an edge has
+channels. Heads are left to autograd, which meets the passes as `_Features` and `_Forces` below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ndem_zoo.errors import ConfigError
+from ndem_zoo.fused import native
+from ndem_zoo.fused.gemm import linear, product, weight_gradient
+from ndem_zoo.fused.pairs import Layer, Pairs
+from ndem_zoo.fused.torch_kernels import TorchKernels
+
+if TYPE_CHECKING:
+    from ndem_zoo.graph import Batch
+    from ndem_zoo.models.torchmd_net import TorchMDNet
+
+_LAYER_PARAMETERS = (
+    "layernorm.weight", "layernorm.bias", "q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias",
+    "v_proj.weight", "v_proj.bias", "o_proj.weight", "o_proj.bias", "vec_proj.weight", "dk_proj.weight",
+    "dk_proj.bias", "dv_proj.weight", "dv_proj.bias",
+)  # fmt: skip
+_OTHER_PARAMETERS = (
+    "embedding.weight", "neighbor_embedding.embedding.weight", "neighbor_embedding.distance_proj.weight",
+    "neighbor_embedding.distance_proj.bias", "neighbor_embedding.combine.weight", "neighbor_embedding.combine.bias",
+    "out_norm.weight", "out_norm.bias",
+)  # fmt: skip
+
+
+def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Scalars (N, C) and vectors (N, 3, C); None where the plan does not apply, for the caller to do it the plain way.
+
+    Parameters
+    ----------
+    backbone
+        The network.
+    batch
+        Structures.
+    vec : (N, 3, C), optional
+        Vectors before the first layer; None for zeros.
+    """
+    if not backbone.attention_layers or backbone.distance_expansion.means.requires_grad or batch.z.shape[0] == 0:
+        return None
+    if torch._C._are_functorch_transforms_active():  # vmap and torch.func see no hand-written derivatives
+        return None
+    names = dict(backbone.named_parameters())
+    parameters = [names[name] for name in _parameter_names(len(backbone.attention_layers))]
+    pos = batch.pos
+    kernels = TorchKernels() if pos.device.type != "cpu" else native.kernels() or TorchKernels()
+    needs_forces = torch.is_grad_enabled() and pos.requires_grad
+    flat = pos.detach().contiguous()
+    pairs = kernels.pairs(batch.src, batch.dst, batch.shift, flat, batch.system, backbone.cutoff)
+    if pairs is None:
+        return None
+    basis = backbone.distance_expansion
+    vector_cutoff = backbone.attention_layers[0].vector_cutoff
+    kernels.radial(pairs, backbone.cutoff, vector_cutoff, basis.means, basis.betas, needs_forces)
+    passes = Passes(kernels, pairs, batch.z, pos, {n: p.detach() for n, p in names.items()}, backbone)
+    if not torch.is_grad_enabled():
+        return passes.forward(None if vec is None else vec.contiguous())
+    if pos.requires_grad:
+        pos = _FirstOrder.apply(pos, passes)
+    scalars, vectors, _ = _Features.apply(passes, pos, vec, *parameters)
+    return scalars, vectors
+
+
+def _parameter_names(n_layers: int) -> list[str]:
+    layers = [f"attention_layers.{i}.{name}" for i in range(n_layers) for name in _LAYER_PARAMETERS]
+    return [*layers, *_OTHER_PARAMETERS]
+
+
+# ------------------------------------------------------------------------------------------------- seen from autograd
+
+
+class _FirstOrder(torch.autograd.Function):
+    """The positions, unchanged; refuses second derivatives by them, which the passes do not hold."""
+
+    @staticmethod
+    def forward(ctx, pos, passes):
+        ctx.passes = passes
+        return pos.view_as(pos)
+
+    @staticmethod
+    def backward(ctx, g_pos):
+        if ctx.passes.second_order:
+            raise ConfigError(
+                "the fused plan gives no second derivatives by positions; train with loss.backward(inputs=[weights]), "
+                "or set backbone.plan = 'eager' for Hessians"
+            )
+        return g_pos, None
+
+
+class _Features(torch.autograd.Function):
+    """Positions and weights to features. Its backward is the force pass, or the final one that finds the gradient."""
+
+    @staticmethod
+    def forward(ctx, passes, pos, vec, *parameters):
+        ctx.passes = passes
+        scalars, vectors = passes.forward(None if vec is None else vec.contiguous())
+        token = scalars.new_zeros(())  # ties every force pass to this node, so that this node's backward runs last
+        ctx.save_for_backward(token)
+        return scalars, vectors, token
+
+    @staticmethod
+    def backward(ctx, g_x, g_vec, _):
+        passes = ctx.passes
+        g_x, g_vec = g_x.contiguous(), g_vec.contiguous()
+        nothing = [None] * len(_parameter_names(len(passes.layers)))
+        if getattr(passes.pos, "forces_only", False):  # set by physics.forces_from_energy
+            if torch.is_grad_enabled():
+                return None, _Forces.apply(passes, g_x, g_vec, *ctx.saved_tensors), None, *nothing
+            return None, passes.backward(g_x, g_vec, keep=False).g_pos, None, *nothing
+        if torch.is_grad_enabled():
+            raise ConfigError(
+                "the fused plan differentiates twice only through ndem_zoo.physics.forces_from_energy; use it, or set "
+                "backbone.plan = 'eager'"
+            )
+        passes.second_order = bool(passes.pending)
+        gradients, g_pos, g_vec0 = passes.gradient(g_x, g_vec, geometry=ctx.needs_input_grad[1])
+        passes.pending = []
+        gradients = [gradients[name] for name in _parameter_names(len(passes.layers))]
+        return None, g_pos, g_vec0, *gradients
+
+
+class _Forces(torch.autograd.Function):
+    """Adjoints of the features to those of the positions; its backward is the tangent pass."""
+
+    @staticmethod
+    def forward(ctx, passes, g_x, g_vec, token):
+        ctx.passes, ctx.adjoints = passes, passes.backward(g_x, g_vec, keep=True)
+        return ctx.adjoints.g_pos
+
+    @staticmethod
+    def backward(ctx, pos_t):
+        tangents = ctx.passes.tangent(pos_t.contiguous())
+        ctx.passes.pending.append((ctx.adjoints, tangents))
+        return None, tangents.x_out, tangents.vec_out, pos_t.new_zeros(())
+
+
+# ------------------------------------------------------------------------------------------------------- the passes
+
+
+@dataclass(slots=True)
+class _Adjoints:
+    """What `backward` keeps: adjoints of the values of each layer (lists by layer) and before the first."""
+
+    g_pos: Tensor | None = None
+    normed_out: Tensor | None = None  # of the features, before the last normalization
+    x: list[Tensor] = field(default_factory=list)  # after the layer
+    vec: list[Tensor] = field(default_factory=list)
+    o: list[Tensor] = field(default_factory=list)
+    w: list[Tensor | None] = field(default_factory=list)
+    x_sum: list[Tensor] = field(default_factory=list)
+    y: list[Tensor] = field(default_factory=list)
+    normed: list[Tensor] = field(default_factory=list)
+    x_first: Tensor | None = None
+    neighbors: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Tangents:
+    """What `tangent` keeps: derivatives along the displacement, of the same values."""
+
+    change: Tensor
+    neighbors: Tensor
+    x_out: Tensor | None = None
+    vec_out: Tensor | None = None
+    x: list[Tensor] = field(default_factory=list)  # before the layer
+    vec: list[Tensor | None] = field(default_factory=list)
+    normed: list[Tensor] = field(default_factory=list)
+    y: list[Tensor] = field(default_factory=list)
+    w: list[Tensor | None] = field(default_factory=list)
+    score: list[Tensor] = field(default_factory=list)
+    score_self: list[Tensor] = field(default_factory=list)
+    x_sum: list[Tensor] = field(default_factory=list)
+    o: list[Tensor] = field(default_factory=list)
+    x_last: Tensor | None = None
+
+
+class Passes:
+    """One evaluation of the network: its values, and the passes over them. Knows nothing of autograd."""
+
+    def __init__(
+        self, kernels: native.NativeKernels | TorchKernels, pairs: Pairs, z: Tensor, pos: Tensor,
+        weights: dict[str, Tensor], backbone: TorchMDNet,
+    ) -> None:  # fmt: skip
+        self.kernels, self.pairs, self.z, self.pos, self.weights = kernels, pairs, z, pos, weights
+        self.eps = backbone.out_norm.eps
+        heads = [layer.num_heads for layer in backbone.attention_layers]
+        self.layers = [self._layer(i, heads[i]) for i in range(len(heads))]
+        self.pending: list[tuple[_Adjoints, _Tangents]] = []
+        self.second_order = False
+
+    def _layer(self, i: int, heads: int) -> Layer:
+        weight = {name: self.weights[f"attention_layers.{i}.{name}"] for name in _LAYER_PARAMETERS}
+        channels = weight["q_proj.bias"].shape[0]
+
+        def joined(kind: str, *names: str) -> Tensor:
+            return torch.cat([weight[f"{name}_proj.{kind}"] for name in names])
+
+        return Layer(
+            channels=channels,
+            heads=heads,
+            width=native.lanes(channels // heads),
+            qkv_weight=joined("weight", "q", "k", "v"),
+            qkv_bias=joined("bias", "q", "k", "v"),
+            filter_weight=joined("weight", "dk", "dv"),
+            filter_bias=joined("bias", "dk", "dv"),
+        )
+
+    def _of_layer(self, i: int, name: str) -> Tensor:
+        return self.weights[f"attention_layers.{i}.{name}"]
+
+    def forward(self, vec: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scalars (N, C) and vectors (N, 3, C) of the atoms."""
+        k, pairs, weights = self.kernels, self.pairs, self.weights
+        embed = "neighbor_embedding."
+        self.emb = weights[embed + "embedding.weight"].index_select(0, self.z)
+        proj = weights[embed + "distance_proj.weight"]
+        self.embed_bias = weights[embed + "distance_proj.bias"]
+        self.embed_pre = linear(pairs.rbf[: pairs.p], proj)
+        self.embed_pre_r = None if pairs.rbf_r is None else linear(pairs.rbf_r, proj)
+        neighbors = k.embed_forward(pairs, self.embed_bias, self.embed_pre, self.emb)
+        self.first = torch.cat([weights["embedding.weight"].index_select(0, self.z), neighbors], dim=1)
+        x = linear(self.first, weights[embed + "combine.weight"], weights[embed + "combine.bias"])
+        for i, layer in enumerate(self.layers):
+            x, vec = self._layer_forward(i, layer, x, vec)
+        self.unit, self.inverse, scalars = k.norm_forward(
+            x, weights["out_norm.weight"], weights["out_norm.bias"], self.eps
+        )
+        return scalars, vec
+
+    def _layer_forward(self, i: int, layer: Layer, x: Tensor, vec: Tensor | None) -> tuple[Tensor, Tensor]:
+        k, pairs = self.kernels, self.pairs
+        layer.unit, layer.inverse, layer.normed = k.norm_forward(
+            x, self._of_layer(i, "layernorm.weight"), self._of_layer(i, "layernorm.bias"), self.eps
+        )
+        layer.y = linear(layer.normed, layer.qkv_weight, layer.qkv_bias)
+        layer.pre = linear(pairs.rbf, layer.filter_weight)
+        layer.pre_r = None if pairs.rbf_r is None else linear(pairs.rbf_r, layer.filter_weight)
+        layer.vec = vec
+        layer.w = None if vec is None else _by_atom(linear, vec, self._of_layer(i, "vec_proj.weight"))
+        layer.x_sum, v_sum = k.pair_forward(pairs, layer)
+        layer.o = linear(layer.x_sum, self._of_layer(i, "o_proj.weight"), self._of_layer(i, "o_proj.bias"))
+        return k.update_forward(x, vec, layer.o, layer.w, v_sum)
+
+    def backward(self, g_x: Tensor, g_vec: Tensor, keep: bool) -> _Adjoints:
+        """Adjoints of the positions, from those of the features; those on the way are kept for `gradient` if asked."""
+        k, pairs, weights, found = self.kernels, self.pairs, self.weights, _Adjoints()
+        if keep:
+            found.normed_out = g_x
+        g_change = g_x.new_zeros(pairs.p, 4)
+        into = torch.zeros_like(g_x)
+        k.norm_backward(self.unit, self.inverse, weights["out_norm.weight"], g_x, into, False)
+        g_x = into
+        for i in reversed(range(len(self.layers))):
+            g_x, g_vec = self._layer_backward(i, self.layers[i], g_x, g_vec, g_change, found if keep else None)
+        half = self.first.shape[1] // 2
+        g_neighbors = product(g_x, weights["neighbor_embedding.combine.weight"][:, half:])
+        k.embed_backward(
+            pairs, self.embed_bias, self.embed_pre, self.embed_pre_r, self.emb, g_neighbors, g_change, False
+        )
+        if keep:
+            found.x_first, found.neighbors = g_x, g_neighbors
+        found.g_pos = k.geometry_backward(pairs, g_change)
+        return found
+
+    def _layer_backward(
+        self, i: int, layer: Layer, g_x: Tensor, g_vec: Tensor, g_change: Tensor, found: _Adjoints | None
+    ) -> tuple[Tensor, Tensor | None]:
+        k = self.kernels
+        g_o, g_w = k.update_backward(layer.o, layer.w, g_x, g_vec)
+        g_sum = product(g_o, self._of_layer(i, "o_proj.weight"))
+        into = None
+        if layer.vec is not None:
+            into = _by_atom(product, g_w, self._of_layer(i, "vec_proj.weight")).add_(g_vec)
+        g_y, _ = k.pair_backward(self.pairs, layer, g_sum, g_vec, into, g_change, False)
+        g_normed = product(g_y, layer.qkv_weight)
+        before = g_x.clone()
+        k.norm_backward(layer.unit, layer.inverse, self._of_layer(i, "layernorm.weight"), g_normed, before, False)
+        if found is not None:
+            kept = {"x": g_x, "vec": g_vec, "o": g_o, "w": g_w, "x_sum": g_sum, "y": g_y, "normed": g_normed}
+            for name, value in kept.items():
+                getattr(found, name).insert(0, value)
+        return before, into
+
+    def tangent(self, pos_t: Tensor) -> _Tangents:
+        """Derivatives of all values along a displacement (N, 3) of the atoms."""
+        k, pairs, weights = self.kernels, self.pairs, self.weights
+        change = k.geometry_tangent(pairs, pos_t)
+        neighbors = k.embed_tangent(pairs, change, self.embed_bias, self.embed_pre, self.embed_pre_r, self.emb)
+        found = _Tangents(change, neighbors)
+        half = self.first.shape[1] // 2
+        x_t, vec_t = linear(neighbors, weights["neighbor_embedding.combine.weight"][:, half:]), None
+        for i, layer in enumerate(self.layers):
+            x_t, vec_t = self._layer_tangent(i, layer, x_t, vec_t, found)
+        found.x_last, found.vec_out = x_t, vec_t
+        found.x_out = k.norm_tangent(self.unit, self.inverse, weights["out_norm.weight"], x_t)
+        return found
+
+    def _layer_tangent(
+        self, i: int, layer: Layer, x_t: Tensor, vec_t: Tensor | None, found: _Tangents
+    ) -> tuple[Tensor, Tensor]:
+        k = self.kernels
+        if layer.vec is not None and vec_t is None:  # encoded vectors do not depend on positions
+            vec_t = torch.zeros_like(layer.vec)
+        normed_t = k.norm_tangent(layer.unit, layer.inverse, self._of_layer(i, "layernorm.weight"), x_t)
+        y_t = linear(normed_t, layer.qkv_weight)
+        w_t = None if vec_t is None else _by_atom(linear, vec_t, self._of_layer(i, "vec_proj.weight"))
+        sum_t, v_t, score_t, score_self_t = k.pair_tangent(self.pairs, layer, found.change, y_t, vec_t)
+        o_t = linear(sum_t, self._of_layer(i, "o_proj.weight"))
+        kept = {"x": x_t, "vec": vec_t, "normed": normed_t, "y": y_t, "w": w_t, "x_sum": sum_t, "o": o_t}
+        for name, value in {**kept, "score": score_t, "score_self": score_self_t}.items():
+            getattr(found, name).append(value)
+        return k.update_tangent(x_t, vec_t, layer.o, layer.w, o_t, w_t, v_t)
+
+    def gradient(
+        self, m_x: Tensor, m_vec: Tensor, geometry: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+        """Gradient by all weights, by positions (first order only, if asked for), and by the first vectors.
+
+        Parameters
+        ----------
+        m_x, m_vec
+            Adjoints of the features. What `pending` holds is added: the derivative of a second scalar, whose adjoints
+            and tangents have been found, along a displacement.
+        geometry
+            Whether the adjoints of the positions are wanted.
+        """
+        if not self.pending:
+            return self._plain_gradient(m_x, m_vec, geometry)
+        total, g_vec0 = self._reverse(m_x, m_vec, *self.pending[0])
+        for adjoints, tangents in self.pending[1:]:
+            more, more_vec0 = self._reverse(torch.zeros_like(m_x), torch.zeros_like(m_vec), adjoints, tangents)
+            total = {name: value + more[name] for name, value in total.items()}
+            g_vec0 = None if g_vec0 is None else g_vec0 + more_vec0
+        return total, None, g_vec0
+
+    def _reverse(
+        self, m_x: Tensor, m_vec: Tensor, adjoints: _Adjoints, tangents: _Tangents
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        k, pairs, weights, out = self.kernels, self.pairs, self.weights, {}
+        into = torch.zeros_like(m_x)
+        out["out_norm.weight"], out["out_norm.bias"] = k.norm_reverse(
+            self.unit, self.inverse, weights["out_norm.weight"], tangents.x_last, adjoints.normed_out, m_x, into
+        )
+        m_x = into
+        for i in reversed(range(len(self.layers))):
+            m_x, m_vec = self._layer_reverse(i, self.layers[i], m_x, m_vec, adjoints, tangents, out)
+        half = self.first.shape[1] // 2
+        combine = "neighbor_embedding.combine."
+        gradient = weight_gradient(m_x, self.first)
+        gradient[:, half:] += weight_gradient(adjoints.x_first, tangents.neighbors)
+        out[combine + "weight"], out[combine + "bias"] = gradient, m_x.sum(0)
+        m_first = product(m_x, weights[combine + "weight"])
+        m_pre, m_pre_r, m_emb = k.embed_reverse(
+            pairs, tangents.change, self.embed_bias, self.embed_pre, self.embed_pre_r, self.emb, adjoints.neighbors,
+            m_first[:, half:].contiguous(),
+        )  # fmt: skip
+        self._embedding_gradient(out, m_first[:, :half], m_emb, m_pre, m_pre_r)
+        return out, m_vec
+
+    def _layer_reverse(
+        self, i: int, layer: Layer, m_x: Tensor, m_vec: Tensor, adjoints: _Adjoints, tangents: _Tangents,
+        out: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        k, pairs = self.kernels, self.pairs
+        g_x, g_vec, o_t, w_t = adjoints.x[i], adjoints.vec[i], tangents.o[i], tangents.w[i]
+        m_o, m_w = k.update_reverse(layer.o, layer.w, o_t, w_t, g_x, g_vec, m_x, m_vec)
+        o_weight = weight_gradient(m_o, layer.x_sum).add_(weight_gradient(adjoints.o[i], tangents.x_sum[i]))
+        m_sum = product(m_o, self._of_layer(i, "o_proj.weight"))
+        into = vec_weight = None
+        if layer.vec is not None:
+            into = _by_atom(product, m_w, self._of_layer(i, "vec_proj.weight")).add_(m_vec)
+            vec_weight = weight_gradient(_rows(m_w), _rows(layer.vec))
+            vec_weight += weight_gradient(_rows(adjoints.w[i]), _rows(tangents.vec[i]))
+        m_y, m_pre, m_pre_r = k.pair_reverse(
+            pairs, layer, tangents.change, tangents.y[i], tangents.vec[i], tangents.score[i], tangents.score_self[i],
+            adjoints.x_sum[i], g_vec, m_sum, m_vec, into,
+        )  # fmt: skip
+        qkv_weight = weight_gradient(m_y, layer.normed).add_(weight_gradient(adjoints.y[i], tangents.normed[i]))
+        m_normed = product(m_y, layer.qkv_weight)
+        before = m_x.clone()
+        gamma, beta = k.norm_reverse(
+            layer.unit, layer.inverse, self._of_layer(i, "layernorm.weight"), tangents.x[i], adjoints.normed[i],
+            m_normed, before,
+        )  # fmt: skip
+        filter_weight = weight_gradient(m_pre, pairs.rbf).add_(weight_gradient(m_pre_r, pairs.rbf_r))
+        self._layer_gradient(out, i, layer, gamma, beta, m_y, qkv_weight, m_o, o_weight, vec_weight, m_pre, filter_weight)
+        return before, into
+
+    def _plain_gradient(
+        self, g_x: Tensor, g_vec: Tensor, geometry: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+        """The gradient of a scalar that depends on features only, not on their derivatives."""
+        k, pairs, weights, out = self.kernels, self.pairs, self.weights, {}
+        g_change = g_x.new_zeros(pairs.p, 4) if geometry else None
+        into = torch.zeros_like(g_x)
+        out["out_norm.weight"], out["out_norm.bias"] = k.norm_backward(
+            self.unit, self.inverse, weights["out_norm.weight"], g_x, into, True
+        )
+        g_x = into
+        for i in reversed(range(len(self.layers))):
+            g_x, g_vec = self._layer_plain_gradient(i, self.layers[i], g_x, g_vec, g_change, out)
+        half = self.first.shape[1] // 2
+        combine = "neighbor_embedding.combine."
+        out[combine + "weight"], out[combine + "bias"] = weight_gradient(g_x, self.first), g_x.sum(0)
+        g_first = product(g_x, weights[combine + "weight"])
+        g_pre, g_emb = k.embed_backward(
+            pairs, self.embed_bias, self.embed_pre, self.embed_pre_r, self.emb, g_first[:, half:].contiguous(),
+            g_change, True,
+        )  # fmt: skip
+        self._embedding_gradient(out, g_first[:, :half], g_emb, g_pre, None)
+        return out, None if g_change is None else k.geometry_backward(pairs, g_change), g_vec
+
+    def _layer_plain_gradient(
+        self, i: int, layer: Layer, g_x: Tensor, g_vec: Tensor, g_change: Tensor | None, out: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        k = self.kernels
+        g_o, g_w = k.update_backward(layer.o, layer.w, g_x, g_vec)
+        g_sum = product(g_o, self._of_layer(i, "o_proj.weight"))
+        into = vec_weight = None
+        if layer.vec is not None:
+            into = _by_atom(product, g_w, self._of_layer(i, "vec_proj.weight")).add_(g_vec)
+            vec_weight = weight_gradient(_rows(g_w), _rows(layer.vec))
+        g_y, g_pre = k.pair_backward(self.pairs, layer, g_sum, g_vec, into, g_change, True)
+        before = g_x.clone()
+        gamma, beta = k.norm_backward(
+            layer.unit, layer.inverse, self._of_layer(i, "layernorm.weight"), product(g_y, layer.qkv_weight), before,
+            True,
+        )  # fmt: skip
+        self._layer_gradient(
+            out, i, layer, gamma, beta, g_y, weight_gradient(g_y, layer.normed), g_o, weight_gradient(g_o, layer.x_sum),
+            vec_weight, g_pre, weight_gradient(g_pre, self.pairs.rbf),
+        )  # fmt: skip
+        return before, into
+
+    def _layer_gradient(
+        self, out: dict[str, Tensor], i: int, layer: Layer, gamma: Tensor, beta: Tensor, m_y: Tensor,
+        qkv_weight: Tensor, m_o: Tensor, o_weight: Tensor, vec_weight: Tensor | None, m_pre: Tensor,
+        filter_weight: Tensor,
+    ) -> None:  # fmt: skip
+        """File the gradient of a layer under the names of its parameters."""
+        c = layer.channels
+        qkv_bias, filter_bias = m_y.sum(0), m_pre.sum(0)
+        values = {
+            "layernorm.weight": gamma, "layernorm.bias": beta,
+            "o_proj.weight": o_weight, "o_proj.bias": m_o.sum(0), "vec_proj.weight": vec_weight,
+        }  # fmt: skip
+        for name, start, stop in (("q", 0, c), ("k", c, 2 * c), ("v", 2 * c, 5 * c)):
+            values[f"{name}_proj.weight"], values[f"{name}_proj.bias"] = qkv_weight[start:stop], qkv_bias[start:stop]
+        for name, start, stop in (("dk", 0, c), ("dv", c, 4 * c)):
+            values[f"{name}_proj.weight"] = filter_weight[start:stop]
+            values[f"{name}_proj.bias"] = filter_bias[start:stop]
+        out.update({f"attention_layers.{i}.{name}": value for name, value in values.items()})
+
+    def _embedding_gradient(
+        self, out: dict[str, Tensor], m_own: Tensor, m_emb: Tensor, m_pre: Tensor, m_pre_r: Tensor | None
+    ) -> None:
+        embed, pairs = "neighbor_embedding.", self.pairs
+        for name, value in (("embedding.weight", m_own), (embed + "embedding.weight", m_emb)):
+            out[name] = torch.zeros_like(self.weights[name]).index_add_(0, self.z, value)
+        gradient = weight_gradient(m_pre, pairs.rbf[: pairs.p])
+        if m_pre_r is not None:
+            gradient += weight_gradient(m_pre_r, pairs.rbf_r)
+        out[embed + "distance_proj.weight"] = gradient
+        # The bias is multiplied with the cutoff function, as are the filters: its adjoint is theirs, before that.
+        out[embed + "distance_proj.bias"] = m_pre.sum(0)
+
+
+def _rows(vectors: Tensor) -> Tensor:
+    """(N, 3, C) as (3N, C)."""
+    return vectors.reshape(-1, vectors.shape[-1])
+
+
+def _by_atom(function, vectors: Tensor, weight: Tensor) -> Tensor:
+    """A matrix product with every one of the three rows of (N, 3, C)."""
+    out = function(_rows(vectors), weight)
+    return out.view(vectors.shape[0], 3, out.shape[-1])
