@@ -22,7 +22,7 @@ namespace {
 
 template <class T, int W>
 struct Vector {
-    typedef T type __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T)), may_alias));
+    typedef T type __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T))));
 };
 template <class T, int W>
 using Vec = typename Vector<T, W>::type;
@@ -74,7 +74,7 @@ template <class T, int W>
 inline Vec<T, W> exponential(Vec<T, W> x) {
     typedef Number<T> I;
     typedef typename I::integer Int;
-    typedef Int Ints __attribute__((vector_size(W * sizeof(Int)), aligned(sizeof(Int)), may_alias));
+    typedef Int Ints __attribute__((vector_size(W * sizeof(Int)), aligned(sizeof(Int))));
     const Vec<T, W> high = Vec<T, W>{} + I::largest, low = Vec<T, W>{} - I::largest;
     x = x > high ? high : x;
     x = x < low ? low : x;
@@ -154,12 +154,12 @@ struct Scratch {
 
 inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
-template <class T, int W>
+template <class T, int W, int CC, int HH>
 void pair_forward(const Sizes s, const Ranges ranges, const int32_t* first, const int32_t* second,
                   const Geometry<T>* geometry, const T* bias, const T* pre, const T* y, const T* vec, T* score,
                   T* score_self, T* x_out, T* v_out) {
     typedef Vec<T, W> V;
-    const int64_t C = s.channels, H = s.heads, D = C / H, H2 = padded(2 * H);
+    const int64_t C = CC ? CC : s.channels, H = HH ? HH : s.heads, D = C / H, H2 = padded(2 * H);
     constexpr int L = Number<T>::lanes;
 #pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
     for (int64_t t = 0; t < ranges.n; ++t) {
@@ -252,13 +252,13 @@ void pair_forward(const Sizes s, const Ranges ranges, const int32_t* first, cons
 
 // Adjoints of q, k, v, vec; with GEOMETRY also of distance and unit vector (added to `g_change`), with FILTERS also of
 // the filters before their activation.
-template <class T, int W, bool GEOMETRY, bool FILTERS>
+template <class T, int W, int CC, int HH, bool GEOMETRY, bool FILTERS>
 void pair_backward(const Sizes s, const Ranges ranges, const int32_t* first, const int32_t* second,
                    const Geometry<T>* geometry, const T* bias, const T* pre, const T* pre_r, const T* y, const T* vec,
                    const T* score, const T* score_self, const T* g_x, const T* g_v, T* g_y, T* g_vec,
                    Change<T>* g_change, T* g_pre) {
     typedef Vec<T, W> V;
-    const int64_t C = s.channels, H = s.heads, D = C / H, H2 = padded(2 * H);
+    const int64_t C = CC ? CC : s.channels, H = HH ? HH : s.heads, D = C / H, H2 = padded(2 * H);
     constexpr int L = Number<T>::lanes;
     std::vector<T> self(FILTERS ? ranges.n * 4 * C : 0, T(0));
 #pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
@@ -425,13 +425,13 @@ void pair_backward(const Sizes s, const Ranges ranges, const int32_t* first, con
         }
 }
 
-template <class T, int W>
+template <class T, int W, int CC, int HH>
 void pair_tangent(const Sizes s, const Ranges ranges, const int32_t* first, const int32_t* second,
                   const Geometry<T>* geometry, const Change<T>* change, const T* bias, const T* pre, const T* pre_r,
                   const T* y, const T* y_t, const T* vec, const T* vec_t, const T* score, const T* score_self,
                   T* score_t, T* score_self_t, T* x_t, T* v_t) {
     typedef Vec<T, W> V;
-    const int64_t C = s.channels, H = s.heads, D = C / H, H2 = padded(2 * H);
+    const int64_t C = CC ? CC : s.channels, H = HH ? HH : s.heads, D = C / H, H2 = padded(2 * H);
     constexpr int L = Number<T>::lanes;
 #pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
     for (int64_t t = 0; t < ranges.n; ++t) {
@@ -541,14 +541,14 @@ void pair_tangent(const Sizes s, const Ranges ranges, const int32_t* first, cons
     }
 }
 
-template <class T, int W>
+template <class T, int W, int CC, int HH>
 void pair_reverse(const Sizes s, const Ranges ranges, const int32_t* first, const int32_t* second,
                   const Geometry<T>* geometry, const Change<T>* change, const T* bias, const T* pre, const T* pre_r,
                   const T* y, const T* y_t, const T* vec, const T* vec_t, const T* score, const T* score_self,
                   const T* score_t, const T* score_self_t, const T* g_x, const T* g_v, const T* m_x, const T* m_v,
                   T* m_y, T* m_vec, T* m_pre, T* m_pre_r) {
     typedef Vec<T, W> V;
-    const int64_t C = s.channels, H = s.heads, D = C / H, H2 = padded(2 * H);
+    const int64_t C = CC ? CC : s.channels, H = HH ? HH : s.heads, D = C / H, H2 = padded(2 * H);
     constexpr int L = Number<T>::lanes;
     std::vector<T> self(ranges.n * 4 * C, T(0));
 #pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
@@ -1191,14 +1191,32 @@ void geometry_tangent(int64_t p, const int32_t* first, const int32_t* second, co
 // Every function twice, `_f32` and `_f64`. `width`, a power of two that divides the channels of a head, is the number of
 // lanes that one operation works on; wider is faster.
 
-#define LANES(T, CALL)                                                                   \
-    switch (width) {                                                                     \
-        case 16: { constexpr int W = Number<T>::lanes < 16 ? Number<T>::lanes : 16; CALL; break; } \
-        case 8: { constexpr int W = 8; CALL; break; }                                    \
-        case 4: { constexpr int W = 4; CALL; break; }                                    \
-        case 2: { constexpr int W = 2; CALL; break; }                                    \
-        default: { constexpr int W = 1; CALL; break; }                                   \
+#define LANES(T, CALL)                                                            \
+    if (width >= Number<T>::lanes) {                                              \
+        constexpr int W = Number<T>::lanes;                                       \
+        CALL;                                                                     \
+    } else if (width >= 4) {                                                      \
+        constexpr int W = 4;                                                      \
+        CALL;                                                                     \
+    } else {                                                                      \
+        constexpr int W = 1;                                                      \
+        CALL;                                                                     \
     }
+
+// The published sizes are compiled with constants, which saves most of the address arithmetic: 128 or 256 channels, 8
+// heads; and 64, common for small data. CC = 0: any other.
+#define SHAPE(CALL, CHANNELS, HEADS, LANES_)                                      \
+    if (c == CHANNELS && h == HEADS) {                                            \
+        constexpr int W = LANES_, CC = CHANNELS, HH = HEADS;                      \
+        CALL;                                                                     \
+        return;                                                                   \
+    }
+#define SHAPES(T, CALL)                                                           \
+    SHAPE(CALL, 128, 8, Number<T>::lanes)                                         \
+    SHAPE(CALL, 256, 8, Number<T>::lanes)                                         \
+    SHAPE(CALL, 64, 8, 8)                                                         \
+    constexpr int CC = 0, HH = 0;                                                 \
+    LANES(T, CALL)
 
 #define INTERFACE(T, NAME)                                                                                            \
     int64_t find_pairs_##NAME(int64_t n_edges, const int64_t* src, const int64_t* dst, const T* shift, const T* pos,  \
@@ -1223,7 +1241,7 @@ void geometry_tangent(int64_t p, const int32_t* first, const int32_t* second, co
                              const T* vec, T* score, T* score_self, T* x_out, T* v_out) {                             \
         const Sizes s = {n, p, c, h, vec != nullptr};                                                                 \
         const Ranges r = {n_ranges, pair_ptr, atom_ptr};                                                              \
-        LANES(T, (pair_forward<T, W>(s, r, first, second, (const Geometry<T>*)geometry, bias, pre, y, vec, score,     \
+        SHAPES(T, (pair_forward<T, W, CC, HH>(s, r, first, second, (const Geometry<T>*)geometry, bias, pre, y, vec, score,     \
                                      score_self, x_out, v_out)))                                                      \
     }                                                                                                                 \
     void pair_backward_##NAME(int64_t width, int64_t n, int64_t p, int64_t c, int64_t h, int64_t n_ranges,            \
@@ -1236,13 +1254,13 @@ void geometry_tangent(int64_t p, const int32_t* first, const int32_t* second, co
         const Geometry<T>* geo = (const Geometry<T>*)geometry;                                                        \
         Change<T>* gc = (Change<T>*)g_change;                                                                         \
         if (g_change && g_pre) {                                                                                      \
-            LANES(T, (pair_backward<T, W, true, true>(s, r, first, second, geo, bias, pre, pre_r, y, vec, score,      \
+            SHAPES(T, (pair_backward<T, W, CC, HH, true, true>(s, r, first, second, geo, bias, pre, pre_r, y, vec, score,      \
                                                       score_self, g_x, g_v, g_y, g_vec, gc, g_pre)))                  \
         } else if (g_change) {                                                                                        \
-            LANES(T, (pair_backward<T, W, true, false>(s, r, first, second, geo, bias, pre, pre_r, y, vec, score,     \
+            SHAPES(T, (pair_backward<T, W, CC, HH, true, false>(s, r, first, second, geo, bias, pre, pre_r, y, vec, score,     \
                                                        score_self, g_x, g_v, g_y, g_vec, gc, g_pre)))                 \
         } else {                                                                                                      \
-            LANES(T, (pair_backward<T, W, false, true>(s, r, first, second, geo, bias, pre, pre_r, y, vec, score,     \
+            SHAPES(T, (pair_backward<T, W, CC, HH, false, true>(s, r, first, second, geo, bias, pre, pre_r, y, vec, score,     \
                                                        score_self, g_x, g_v, g_y, g_vec, gc, g_pre)))                 \
         }                                                                                                             \
     }                                                                                                                 \
@@ -1253,7 +1271,7 @@ void geometry_tangent(int64_t p, const int32_t* first, const int32_t* second, co
                              const T* score_self, T* score_t, T* score_self_t, T* x_t, T* v_t) {                      \
         const Sizes s = {n, p, c, h, vec != nullptr};                                                                 \
         const Ranges r = {n_ranges, pair_ptr, atom_ptr};                                                              \
-        LANES(T, (pair_tangent<T, W>(s, r, first, second, (const Geometry<T>*)geometry, (const Change<T>*)change,     \
+        SHAPES(T, (pair_tangent<T, W, CC, HH>(s, r, first, second, (const Geometry<T>*)geometry, (const Change<T>*)change,     \
                                      bias, pre, pre_r, y, y_t, vec, vec_t, score, score_self, score_t, score_self_t,  \
                                      x_t, v_t)))                                                                      \
     }                                                                                                                 \
@@ -1265,7 +1283,7 @@ void geometry_tangent(int64_t p, const int32_t* first, const int32_t* second, co
                              const T* g_v, const T* m_x, const T* m_v, T* m_y, T* m_vec, T* m_pre, T* m_pre_r) {      \
         const Sizes s = {n, p, c, h, vec != nullptr};                                                                 \
         const Ranges r = {n_ranges, pair_ptr, atom_ptr};                                                              \
-        LANES(T, (pair_reverse<T, W>(s, r, first, second, (const Geometry<T>*)geometry, (const Change<T>*)change,     \
+        SHAPES(T, (pair_reverse<T, W, CC, HH>(s, r, first, second, (const Geometry<T>*)geometry, (const Change<T>*)change,     \
                                      bias, pre, pre_r, y, y_t, vec, vec_t, score, score_self, score_t, score_self_t,  \
                                      g_x, g_v, m_x, m_v, m_y, m_vec, m_pre, m_pre_r)))                                \
     }                                                                                                                 \
