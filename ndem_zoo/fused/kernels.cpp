@@ -16,6 +16,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 // ------------------------------------------------------------------------------------------------ vectors of numbers
@@ -96,6 +100,30 @@ template <class T, int W>
 inline Vec<T, W> sigmoid(Vec<T, W> x) {
     return T(1) / (T(1) + exponential<T, W>(-x));
 }
+
+#if defined(__AVX512F__)
+// The same with instructions that C++ has no word for: scaling by 2^n saturates by itself, and an approximate
+// reciprocal with one Newton step takes half the time of a division.
+template <>
+inline Vec<float, 16> sigmoid<float, 16>(Vec<float, 16> argument) {
+    typedef Number<float> I;
+    const __m512 x = _mm512_sub_ps(_mm512_setzero_ps(), reinterpret_cast<__m512&>(argument));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(I::ln2_high), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(I::ln2_low), r);
+    const float inverse_factorials[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    __m512 series = _mm512_set1_ps(1.0f / 5040);
+#pragma GCC unroll 8
+    for (int k = 0; k < 7; ++k) series = _mm512_fmadd_ps(series, r, _mm512_set1_ps(inverse_factorials[k]));
+    const __m512 one = _mm512_set1_ps(1.0f), whole = _mm512_add_ps(one, _mm512_scalef_ps(series, n));
+    const __m512 guess = _mm512_rcp14_ps(whole);
+    // guess + guess (1 - whole guess); where `whole` is infinite the bracket is not a number, and the guess is 0
+    const __m512 rest = _mm512_fnmadd_ps(whole, guess, one);
+    const __mmask16 finite = _mm512_cmp_ps_mask(guess, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    __m512 result = _mm512_mask_fmadd_ps(guess, finite, rest, guess);
+    return reinterpret_cast<Vec<float, 16>&>(result);
+}
+#endif
 
 // ------------------------------------------------------------------------------------------------------------ threads
 
