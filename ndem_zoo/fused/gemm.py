@@ -1,4 +1,4 @@
-"""Matrix products of the fused plan, on the faster of torch's two CPU libraries.
+"""Matrix products of the fused plan without native kernels, on the faster of torch's two CPU libraries.
 
 MKL takes its AVX2 code on AMD processors, where oneDNN reaches twice its rate in full float32 (measure it:
 ``benchmarks/speed``). torch has no public switch that is exact on every processor, but an operator that always calls
@@ -14,25 +14,13 @@ import torch
 from torch import Tensor
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias for `x` (M, K) and `weight` (N, K), both of any strides: (M, N)."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[0] and _onednn_is_better():
-        return _onednn(x, weight, bias)
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight for `x` (M, N) and `weight` (N, K): (M, K)."""
-    return linear(x, weight.t())
-
-
-def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
-    """g^T x for `g` (M, N) and `x` (M, K): (N, K), the gradient of a weight."""
-    if not g.shape[0]:
-        return g.new_zeros(g.shape[1], x.shape[1])
-    if x.shape[1] <= 64 < g.shape[1]:  # skinny: oneDNN is twice as fast on the transposed problem
-        return linear(x.t(), g.t()).t().contiguous()
-    return linear(g.t(), x.t())
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b + bias for `a` (M, K) and `b` (K, N) of any strides: (M, N)."""
+    if a.dtype == torch.float32 and a.device.type == "cpu" and 0 not in a.shape and _onednn_is_better():
+        if b.shape[1] <= 64 < a.shape[0] and bias is None:  # skinny: twice as fast the other way round
+            return _onednn(b.t(), a, None).t()
+        return _onednn(a, b.t(), bias)
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -255,6 +255,13 @@ void product(const Product<T>& p, int64_t threads) {
     }
 }
 
+template <class T>
+void column_sum(int64_t m, int64_t n, const T* values, T* out) {
+    std::memset(out, 0, n * sizeof(T));
+    for (int64_t i = 0; i < m; ++i)
+        for (int64_t c = 0; c < n; ++c) out[c] += values[i * n + c];
+}
+
 // ------------------------------------------------------------------------------------------------- pairs of one layer
 
 // Geometry of a pair: distance, unit vector from center i to neighbor j, cutoff functions of scalars and vectors.
@@ -1372,6 +1379,7 @@ void geometry_tangent(int64_t p, const int32_t* first, const int32_t* second, co
                         int64_t b_row, const T* bias, T* c, int64_t c_row, int64_t accumulate, int64_t threads) {     \
         product<T>({m, n, k, a, b, bias, a_row, a_column, b_row, c_row, c, accumulate != 0}, threads);                \
     }                                                                                                                 \
+    void column_sum_##NAME(int64_t m, int64_t n, const T* values, T* out) { column_sum<T>(m, n, values, out); }        \
     int64_t find_pairs_##NAME(int64_t n_edges, const int64_t* src, const int64_t* dst, const T* shift, const T* pos,  \
                               double cutoff, int32_t* first, int32_t* second, T* edge) {                              \
         return find_pairs<T>(n_edges, src, dst, shift, pos, T(cutoff), first, second, edge);                          \

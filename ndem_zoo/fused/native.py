@@ -2,7 +2,7 @@
 
 Installing the package needs no compiler. The first fused pass on a CPU calls the one that is there (CXX, or c++, g++,
 clang++) once, for some 20 seconds, and keeps the library in the user's cache folder under a name that holds a hash of
-source, compiler, flags and processor. Where that is impossible, `kernels` returns None, and the same passes run on
+source, compiler, flags and processor. Where that is impossible, `library` returns None, and the same passes run on
 `torch_kernels.TorchKernels`.
 """
 
@@ -12,13 +12,17 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 import warnings
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -125,12 +129,12 @@ def _compile(compiler: str, extra: list[str], scratch: Path, result: Path) -> No
 
 
 @functools.lru_cache(maxsize=1)
-def kernels() -> NativeKernels | None:
+def library() -> Library | None:
     """The compiled kernels; None, after one warning, where they cannot be had (or NDEM_ZOO_NATIVE=0)."""
     if os.environ.get("NDEM_ZOO_NATIVE", "1") == "0":
         return None
     try:
-        return NativeKernels(build(cache_folder()))
+        return Library(build(cache_folder()))
     except (OSError, RuntimeError) as error:
         warnings.warn(
             f"the native kernels are not available ({error}); the fused plan runs on PyTorch's own operations instead, "
@@ -141,22 +145,15 @@ def kernels() -> NativeKernels | None:
         return None
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+class Library:
+    """The compiled functions, called with tensors and numbers."""
 
-
-class NativeKernels:
-    """The kernels as methods on CPU tensors, float32 or float64.
-
-    Same interface as `torch_kernels.TorchKernels`; see `kernels.cpp` for what each one computes. Arguments must be
-    contiguous, of one dtype: the plan takes care of that.
-    """
-
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
         self._functions: dict[tuple[str, torch.dtype], ctypes._CFuncPtr] = {}
 
-    def _call(self, name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> int:
+    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> int:
+        """Call the form of a function for `dtype`."""
         global calls
         calls += 1
         function = self._functions.get((name, dtype))
@@ -166,7 +163,95 @@ class NativeKernels:
             kinds = {float: ctypes.c_double, int: ctypes.c_int64}
             function.argtypes = [kinds.get(type(argument), ctypes.c_void_p) for argument in arguments]
             self._functions[name, dtype] = function
-        return function(*[_address(a) if a is None or isinstance(a, Tensor) else a for a in arguments])
+        return function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+
+
+class Workspace:
+    """Memory for values that live as long as one evaluation of the network, used again by the next.
+
+    Fresh memory costs more than filling it: the system hands it out page by page.
+    """
+
+    #: Choice: numbers in a block.
+    BLOCK = 1 << 22
+    _free: ClassVar[dict[torch.dtype, list[Tensor]]] = {torch.float32: [], torch.float64: []}
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype, self._blocks, self._block, self._used = dtype, [], -1, 0
+        weakref.finalize(self, self._free[dtype].extend, self._blocks)
+
+    def empty(self, *shape: int) -> Tensor:
+        """A tensor with arbitrary content, valid until this workspace is deleted or goes back before it."""
+        size = (math.prod(shape) + 15) & ~15
+        while self._block < 0 or self._used + size > self._blocks[self._block].shape[0]:
+            self._next_block(size)
+        strides = [1]
+        for length in shape[:0:-1]:
+            strides.insert(0, strides[0] * length)
+        tensor = self._blocks[self._block].as_strided(shape, strides, self._used)
+        self._used += size
+        return tensor
+
+    def _next_block(self, size: int) -> None:
+        self._block += 1
+        self._used = 0
+        if self._block == len(self._blocks):
+            free = self._free[self._dtype]
+            fitting = next((i for i, block in enumerate(free) if block.shape[0] >= size), None)
+            fresh = torch.empty(max(size, self.BLOCK), dtype=self._dtype) if fitting is None else free.pop(fitting)
+            self._blocks.append(fresh)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[None]:
+        """What is taken inside is given back at the end."""
+        mark = self._block, self._used
+        try:
+            yield
+        finally:
+            self._block, self._used = mark
+
+
+class NativeKernels:
+    """The kernels as methods on CPU tensors, float32 or float64.
+
+    Same interface as `torch_kernels.TorchKernels`; see `kernels.cpp` for what each one computes. Arguments must be
+    contiguous, of one dtype: the plan takes care of that. Results live in a workspace, as long as this object does.
+    """
+
+    def __init__(self, library: Library, dtype: torch.dtype) -> None:
+        self._call, self._workspace = library.call, Workspace(dtype)
+        self._threads = torch.get_num_threads()
+
+    def empty(self, *shape: int) -> Tensor:
+        """A tensor with arbitrary content."""
+        return self._workspace.empty(*shape)
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        return self._workspace.empty(*tensor.shape)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A tensor of zeros."""
+        return self._workspace.empty(*shape).zero_()
+
+    def scratch(self) -> contextlib.AbstractContextManager[None]:
+        """Results made inside are valid inside only."""
+        return self._workspace.scratch()
+
+    def product(
+        self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False
+    ) -> Tensor:
+        """a b + bias, or with `add` out + a b; `a` (M, K) of any strides, rows of `b` (K, N) contiguous."""
+        (m, k), n = a.shape, b.shape[1]
+        out = self._workspace.empty(m, n) if out is None else out
+        strides = (a.stride(0), a.stride(1), b, b.stride(0), bias, out, out.stride(0))
+        self._call("product", a.dtype, m, n, k, a, *strides, int(add), self._threads)
+        return out
+
+    def column_sum(self, values: Tensor) -> Tensor:
+        """Sum of the rows of (M, N), in memory of its own: (N,)."""
+        out = torch.empty(values.shape[1], dtype=values.dtype)
+        self._call("column_sum", values.dtype, *values.shape, values, out)
+        return out
 
     # -------------------------------------------------------------------------------------------------------- pairs
 
@@ -176,7 +261,7 @@ class NativeKernels:
         """Pairs within the cutoff in Å; None if the edges do not hold both directions of each."""
         room = src.shape[0] // 2 + 1
         first, second = (torch.empty(room, dtype=torch.int32) for _ in range(2))
-        edge = pos.new_empty(room, 3)
+        edge = self.empty(room, 3)
         arguments = (src.contiguous(), dst.contiguous(), shift.contiguous(), pos, cutoff)
         found = self._call("find_pairs", pos.dtype, src.shape[0], *arguments, first, second, edge)
         if found < 0:
@@ -190,22 +275,22 @@ class NativeKernels:
     ) -> None:
         """Set `geometry`, `rbf` and `rbf_r` of the pairs."""
         p, k = pairs.p, means.shape[0]
-        pairs.geometry = pairs.edge.new_empty(p, 8)
-        pairs.rbf = pairs.edge.new_empty(p + 1, k)
-        pairs.rbf_r = pairs.edge.new_empty(p, k) if derivative else None
+        pairs.geometry = self.empty(p, 8)
+        pairs.rbf = self.empty(p + 1, k)
+        pairs.rbf_r = self.empty(p, k) if derivative else None
         arguments = (pairs.edge, means, betas, pairs.geometry, pairs.rbf, pairs.rbf_r)
         self._call("radial", pairs.edge.dtype, p, k, float(cutoff), int(vector_cutoff), *arguments)
 
     def geometry_backward(self, pairs: Pairs, g_change: Tensor) -> Tensor:
         """Adjoints of the positions (N, 3)."""
-        g_pos = g_change.new_empty(pairs.n, 3)
+        g_pos = self.empty(pairs.n, 3)
         arguments = (pairs.first, pairs.second, pairs.geometry, g_change, g_pos)
         self._call("geometry_backward", g_change.dtype, pairs.n, pairs.p, *arguments)
         return g_pos
 
     def geometry_tangent(self, pairs: Pairs, pos_t: Tensor) -> Tensor:
         """Changes of distances and unit vectors (P, 4)."""
-        change = pos_t.new_empty(pairs.p, 4)
+        change = self.empty(pairs.p, 4)
         arguments = (pairs.first, pairs.second, pairs.geometry, pos_t, change)
         self._call("geometry_tangent", pos_t.dtype, pairs.p, *arguments)
         return change
@@ -220,8 +305,8 @@ class NativeKernels:
     def pair_forward(self, pairs: Pairs, layer: Layer) -> tuple[Tensor, Tensor]:
         """Sums of messages, scalar (N, C) and vector (N, 3, C); sets the layer's scores."""
         y, n, c, h = layer.y, pairs.n, layer.channels, layer.heads
-        layer.score, layer.score_self = y.new_empty(pairs.p, 2 * h), y.new_empty(n, h)
-        x_out, v_out = y.new_empty(n, c), y.new_empty(n, 3, c)
+        layer.score, layer.score_self = self.empty(pairs.p, 2 * h), self.empty(n, h)
+        x_out, v_out = self.empty(n, c), self.empty(n, 3, c)
         arguments = (layer.filter_bias, layer.pre, y, layer.vec, layer.score, layer.score_self, x_out, v_out)
         self._pair("pair_forward", pairs, layer, *arguments)
         return x_out, v_out
@@ -231,8 +316,8 @@ class NativeKernels:
         filters: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Adjoints of [q | k | v] and, if asked for, of the filters; adds to those of vec and of the geometry."""
-        g_y = torch.empty_like(layer.y)
-        g_pre = torch.empty_like(layer.pre) if filters else None
+        g_y = self._like(layer.y)
+        g_pre = self._like(layer.pre) if filters else None
         arguments = (layer.filter_bias, layer.pre, layer.pre_r, layer.y, layer.vec, layer.score, layer.score_self)
         self._pair("pair_backward", pairs, layer, *arguments, g_x, g_v, g_y, g_vec, g_change, g_pre)
         return g_y, g_pre
@@ -241,8 +326,8 @@ class NativeKernels:
         self, pairs: Pairs, layer: Layer, change: Tensor, y_t: Tensor, vec_t: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tangents of both sums, and of the scores of pairs and of the atoms themselves."""
-        score_t, score_self_t = torch.empty_like(layer.score), torch.empty_like(layer.score_self)
-        x_t, v_t = y_t.new_empty(pairs.n, layer.channels), y_t.new_empty(pairs.n, 3, layer.channels)
+        score_t, score_self_t = self._like(layer.score), self._like(layer.score_self)
+        x_t, v_t = self.empty(pairs.n, layer.channels), self.empty(pairs.n, 3, layer.channels)
         values = (layer.filter_bias, layer.pre, layer.pre_r, layer.y, y_t, layer.vec, vec_t)
         scores = (layer.score, layer.score_self, score_t, score_self_t)
         self._pair("pair_tangent", pairs, layer, change, *values, *scores, x_t, v_t)
@@ -253,7 +338,7 @@ class NativeKernels:
         score_self_t: Tensor, g_x: Tensor, g_v: Tensor, m_x: Tensor, m_v: Tensor, m_vec: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Adjoints of [q | k | v], of the filters and of their derivatives by distance; adds to those of vec."""
-        m_y, m_pre, m_pre_r = (torch.empty_like(t) for t in (layer.y, layer.pre, layer.pre_r))
+        m_y, m_pre, m_pre_r = (self._like(t) for t in (layer.y, layer.pre, layer.pre_r))
         values = (layer.filter_bias, layer.pre, layer.pre_r, layer.y, y_t, layer.vec, vec_t)
         scores = (layer.score, layer.score_self, score_t, score_self_t)
         self._pair(
@@ -269,7 +354,7 @@ class NativeKernels:
 
     def embed_forward(self, pairs: Pairs, bias: Tensor, pre: Tensor, emb: Tensor) -> Tensor:
         """Sum over neighbors (N, C)."""
-        out = torch.empty_like(emb)
+        out = self._like(emb)
         self._embed("embed_forward", pairs, bias, bias, pre, emb, out)
         return out
 
@@ -278,7 +363,7 @@ class NativeKernels:
         g_change: Tensor | None, filters: bool,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """Adjoints of the filters and of `emb`, if asked for; adds to those of the geometry."""
-        g_pre, g_emb = (torch.empty_like(pre), torch.zeros_like(emb)) if filters else (None, None)
+        g_pre, g_emb = (self._like(pre), self._like(emb).zero_()) if filters else (None, None)
         self._embed("embed_backward", pairs, bias, bias, pre, pre_r, emb, g_out, g_change, g_pre, g_emb)
         return g_pre, g_emb
 
@@ -286,7 +371,7 @@ class NativeKernels:
         self, pairs: Pairs, change: Tensor, bias: Tensor, pre: Tensor, pre_r: Tensor, emb: Tensor
     ) -> Tensor:
         """Tangent of the sum (N, C)."""
-        out_t = torch.empty_like(emb)
+        out_t = self._like(emb)
         self._embed("embed_tangent", pairs, bias, change, bias, pre, pre_r, emb, out_t)
         return out_t
 
@@ -295,7 +380,7 @@ class NativeKernels:
         m_out: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Adjoints of the filters, of their derivatives by distance, and of `emb`."""
-        m_pre, m_pre_r, m_emb = torch.empty_like(pre), torch.empty_like(pre_r), torch.zeros_like(emb)
+        m_pre, m_pre_r, m_emb = self._like(pre), self._like(pre_r), self._like(emb).zero_()
         arguments = (change, bias, pre, pre_r, emb, g_out, m_out, m_pre, m_pre_r, m_emb)
         self._embed("embed_reverse", pairs, bias, *arguments)
         return m_pre, m_pre_r, m_emb
@@ -308,7 +393,7 @@ class NativeKernels:
 
     def norm_forward(self, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """Normalized x, 1 / standard deviation, and the result."""
-        unit, inverse, out = torch.empty_like(x), x.new_empty(x.shape[0]), torch.empty_like(x)
+        unit, inverse, out = self._like(x), self.empty(x.shape[0]), self._like(x)
         self._atoms("norm_forward", x, float(eps), x, gamma, beta, unit, inverse, out)
         return unit, inverse, out
 
@@ -322,7 +407,7 @@ class NativeKernels:
 
     def norm_tangent(self, unit: Tensor, inverse: Tensor, gamma: Tensor, x_t: Tensor) -> Tensor:
         """Tangent of the result."""
-        out_t = torch.empty_like(unit)
+        out_t = self._like(unit)
         self._atoms("norm_tangent", unit, unit, inverse, gamma, x_t, out_t)
         return out_t
 
@@ -338,7 +423,7 @@ class NativeKernels:
         self, x: Tensor, vec: Tensor | None, o: Tensor, w: Tensor | None, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Scalars and vectors after the layer."""
-        x_out, vec_out = torch.empty_like(x), torch.empty_like(v)
+        x_out, vec_out = self._like(x), self._like(v)
         self._atoms("update_forward", x, x, vec, o, w, v, x_out, vec_out)
         return x_out, vec_out
 
@@ -346,7 +431,7 @@ class NativeKernels:
         self, o: Tensor, w: Tensor | None, g_x: Tensor, g_vec: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Adjoints of o and w."""
-        g_o, g_w = torch.empty_like(o), None if w is None else torch.empty_like(w)
+        g_o, g_w = self._like(o), None if w is None else self._like(w)
         self._atoms("update_backward", g_x, o, w, g_x, g_vec, g_o, g_w)
         return g_o, g_w
 
@@ -355,7 +440,7 @@ class NativeKernels:
         v_t: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Tangents of scalars and vectors after the layer."""
-        x_out, vec_out = torch.empty_like(x_t), torch.empty_like(v_t)
+        x_out, vec_out = self._like(x_t), self._like(v_t)
         self._atoms("update_tangent", x_t, x_t, vec_t, o, w, o_t, w_t, v_t, x_out, vec_out)
         return x_out, vec_out
 
@@ -364,7 +449,7 @@ class NativeKernels:
         m_vec: Tensor,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Adjoints of o and w."""
-        m_o, m_w = torch.empty_like(o), None if w is None else torch.empty_like(w)
+        m_o, m_w = self._like(o), None if w is None else self._like(w)
         self._atoms("update_reverse", g_x, o, w, o_t, w_t, g_x, g_vec, m_x, m_vec, m_o, m_w)
         return m_o, m_w
 

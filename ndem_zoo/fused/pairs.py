@@ -55,8 +55,12 @@ class Layer:
         C, H, and how many channels one operation of a native kernel works on.
     qkv_weight, qkv_bias : (5C, C), (5C,)
         Projections to [q | k | v]; v by head, then part, then channel.
-    filter_weight, filter_bias : (4C, K), (4C,)
+    filter_weight_t, filter_bias : (K, 4C), (4C,)
         Projections of the radial functions to the filters of k and v.
+    o_weight, vec_weight : (3C, C)
+        Projections of sums of scalar messages, and of vectors.
+    qkv_weight_t, o_weight_t, vec_weight_t
+        Their transposes.
     unit, inverse, normed, y : (N, C), (N,), (N, C), (N, 5C)
         Normalized scalars before weights, 1 / standard deviation, normalized scalars, [q | k | v].
     vec, w : (N, 3, C), (N, 3, 3C) or None
@@ -74,8 +78,13 @@ class Layer:
     width: int
     qkv_weight: Tensor
     qkv_bias: Tensor
-    filter_weight: Tensor
+    filter_weight_t: Tensor
     filter_bias: Tensor
+    o_weight: Tensor
+    vec_weight: Tensor
+    qkv_weight_t: Tensor | None = None
+    o_weight_t: Tensor | None = None
+    vec_weight_t: Tensor | None = None
     unit: Tensor | None = None
     inverse: Tensor | None = None
     normed: Tensor | None = None
@@ -88,3 +97,8 @@ class Layer:
     score_self: Tensor | None = None
     x_sum: Tensor | None = None
     o: Tensor | None = None
+
+    def transpose(self) -> None:
+        """Set the transposed weights."""
+        self.qkv_weight_t, self.o_weight_t = self.qkv_weight.t().contiguous(), self.o_weight.t().contiguous()
+        self.vec_weight_t = self.vec_weight.t().contiguous()

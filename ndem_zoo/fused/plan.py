@@ -19,6 +19,7 @@ channels. Heads are left to autograd, which meets the passes as `_Features` and 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,6 @@ from torch import Tensor
 
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.fused import native
-from ndem_zoo.fused.gemm import linear, product, weight_gradient
 from ndem_zoo.fused.pairs import Layer, Pairs
 from ndem_zoo.fused.torch_kernels import TorchKernels
 
@@ -66,7 +66,8 @@ def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Te
     names = dict(backbone.named_parameters())
     parameters = [names[name] for name in _parameter_names(len(backbone.attention_layers))]
     pos = batch.pos
-    kernels = TorchKernels() if pos.device.type != "cpu" else native.kernels() or TorchKernels()
+    library = native.library() if pos.device.type == "cpu" else None
+    kernels = TorchKernels(pos) if library is None else native.NativeKernels(library, pos.dtype)
     needs_forces = torch.is_grad_enabled() and pos.requires_grad
     flat = pos.detach().contiguous()
     pairs = kernels.pairs(batch.src, batch.dst, batch.shift, flat, batch.system, backbone.cutoff)
@@ -77,7 +78,7 @@ def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Te
     kernels.radial(pairs, backbone.cutoff, vector_cutoff, basis.means, basis.betas, needs_forces)
     passes = Passes(kernels, pairs, batch.z, pos, {n: p.detach() for n, p in names.items()}, backbone)
     if not torch.is_grad_enabled():
-        return passes.forward(None if vec is None else vec.contiguous())
+        return passes.forward(vec)
     if pos.requires_grad:
         pos = _FirstOrder.apply(pos, passes)
     scalars, vectors, _ = _Features.apply(passes, pos, vec, *parameters)
@@ -116,7 +117,7 @@ class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx, passes, pos, vec, *parameters):
         ctx.passes = passes
-        scalars, vectors = passes.forward(None if vec is None else vec.contiguous())
+        scalars, vectors = passes.forward(vec)
         token = scalars.new_zeros(())  # ties every force pass to this node, so that this node's backward runs last
         ctx.save_for_backward(token)
         return scalars, vectors, token
@@ -224,8 +225,10 @@ class Passes:
             width=native.lanes(channels // heads),
             qkv_weight=joined("weight", "q", "k", "v"),
             qkv_bias=joined("bias", "q", "k", "v"),
-            filter_weight=joined("weight", "dk", "dv"),
+            filter_weight_t=joined("weight", "dk", "dv").t().contiguous(),
             filter_bias=joined("bias", "dk", "dv"),
+            o_weight=weight["o_proj.weight"],
+            vec_weight=weight["vec_proj.weight"],
         )
 
     def _of_layer(self, i: int, name: str) -> Tensor:
@@ -236,68 +239,73 @@ class Passes:
         k, pairs, weights = self.kernels, self.pairs, self.weights
         embed = "neighbor_embedding."
         self.emb = weights[embed + "embedding.weight"].index_select(0, self.z)
-        proj = weights[embed + "distance_proj.weight"]
         self.embed_bias = weights[embed + "distance_proj.bias"]
-        self.embed_pre = linear(pairs.rbf[: pairs.p], proj)
-        self.embed_pre_r = None if pairs.rbf_r is None else linear(pairs.rbf_r, proj)
+        proj_t = weights[embed + "distance_proj.weight"].t().contiguous()
+        self.embed_pre = k.product(pairs.rbf[: pairs.p], proj_t)
+        self.embed_pre_r = None if pairs.rbf_r is None else k.product(pairs.rbf_r, proj_t)
         neighbors = k.embed_forward(pairs, self.embed_bias, self.embed_pre, self.emb)
         self.first = torch.cat([weights["embedding.weight"].index_select(0, self.z), neighbors], dim=1)
-        x = linear(self.first, weights[embed + "combine.weight"], weights[embed + "combine.bias"])
+        self.combine = weights[embed + "combine.weight"]
+        self.combine_t = self.combine.t().contiguous()
+        x = k.product(self.first, self.combine_t, weights[embed + "combine.bias"])
+        vec = None if vec is None else vec.contiguous()
         for i, layer in enumerate(self.layers):
             x, vec = self._layer_forward(i, layer, x, vec)
         self.unit, self.inverse, scalars = k.norm_forward(
             x, weights["out_norm.weight"], weights["out_norm.bias"], self.eps
         )
-        return scalars, vec
+        return scalars.clone(), vec.clone()  # what leaves must not lie in memory that is used again
 
     def _layer_forward(self, i: int, layer: Layer, x: Tensor, vec: Tensor | None) -> tuple[Tensor, Tensor]:
         k, pairs = self.kernels, self.pairs
         layer.unit, layer.inverse, layer.normed = k.norm_forward(
             x, self._of_layer(i, "layernorm.weight"), self._of_layer(i, "layernorm.bias"), self.eps
         )
-        layer.y = linear(layer.normed, layer.qkv_weight, layer.qkv_bias)
-        layer.pre = linear(pairs.rbf, layer.filter_weight)
-        layer.pre_r = None if pairs.rbf_r is None else linear(pairs.rbf_r, layer.filter_weight)
+        layer.transpose()
+        layer.y = k.product(layer.normed, layer.qkv_weight_t, layer.qkv_bias)
+        layer.pre = k.product(pairs.rbf, layer.filter_weight_t)
+        layer.pre_r = None if pairs.rbf_r is None else k.product(pairs.rbf_r, layer.filter_weight_t)
         layer.vec = vec
-        layer.w = None if vec is None else _by_atom(linear, vec, self._of_layer(i, "vec_proj.weight"))
+        layer.w = None if vec is None else _by_atom(k.product(_rows(vec), layer.vec_weight_t))
         layer.x_sum, v_sum = k.pair_forward(pairs, layer)
-        layer.o = linear(layer.x_sum, self._of_layer(i, "o_proj.weight"), self._of_layer(i, "o_proj.bias"))
+        layer.o = k.product(layer.x_sum, layer.o_weight_t, self._of_layer(i, "o_proj.bias"))
         return k.update_forward(x, vec, layer.o, layer.w, v_sum)
 
     def backward(self, g_x: Tensor, g_vec: Tensor, keep: bool) -> _Adjoints:
         """Adjoints of the positions, from those of the features; those on the way are kept for `gradient` if asked."""
-        k, pairs, weights, found = self.kernels, self.pairs, self.weights, _Adjoints()
+        k, pairs, found = self.kernels, self.pairs, _Adjoints()
         if keep:
             found.normed_out = g_x
-        g_change = g_x.new_zeros(pairs.p, 4)
-        into = torch.zeros_like(g_x)
-        k.norm_backward(self.unit, self.inverse, weights["out_norm.weight"], g_x, into, False)
+        g_change = k.zeros(pairs.p, 4)
+        into = k.zeros(*g_x.shape)
+        k.norm_backward(self.unit, self.inverse, self.weights["out_norm.weight"], g_x, into, False)
         g_x = into
         for i in reversed(range(len(self.layers))):
             g_x, g_vec = self._layer_backward(i, self.layers[i], g_x, g_vec, g_change, found if keep else None)
         half = self.first.shape[1] // 2
-        g_neighbors = product(g_x, weights["neighbor_embedding.combine.weight"][:, half:])
+        g_neighbors = k.product(g_x, self.combine[:, half:])
         k.embed_backward(
             pairs, self.embed_bias, self.embed_pre, self.embed_pre_r, self.emb, g_neighbors, g_change, False
         )
         if keep:
             found.x_first, found.neighbors = g_x, g_neighbors
-        found.g_pos = k.geometry_backward(pairs, g_change)
+        found.g_pos = k.geometry_backward(pairs, g_change).clone()
         return found
 
     def _layer_backward(
         self, i: int, layer: Layer, g_x: Tensor, g_vec: Tensor, g_change: Tensor, found: _Adjoints | None
     ) -> tuple[Tensor, Tensor | None]:
         k = self.kernels
-        g_o, g_w = k.update_backward(layer.o, layer.w, g_x, g_vec)
-        g_sum = product(g_o, self._of_layer(i, "o_proj.weight"))
-        into = None
-        if layer.vec is not None:
-            into = _by_atom(product, g_w, self._of_layer(i, "vec_proj.weight")).add_(g_vec)
-        g_y, _ = k.pair_backward(self.pairs, layer, g_sum, g_vec, into, g_change, False)
-        g_normed = product(g_y, layer.qkv_weight)
-        before = g_x.clone()
-        k.norm_backward(layer.unit, layer.inverse, self._of_layer(i, "layernorm.weight"), g_normed, before, False)
+        before, into = k.empty(*g_x.shape).copy_(g_x), None if layer.vec is None else k.empty(*g_vec.shape)
+        with contextlib.nullcontext() if found else k.scratch():
+            g_o, g_w = k.update_backward(layer.o, layer.w, g_x, g_vec)
+            g_sum = k.product(g_o, layer.o_weight)
+            if into is not None:
+                k.product(_rows(g_w), layer.vec_weight, out=_rows(into.copy_(g_vec)), add=True)
+            g_y, _ = k.pair_backward(self.pairs, layer, g_sum, g_vec, into, g_change, False)
+            g_normed = k.product(g_y, layer.qkv_weight)
+            gamma = self._of_layer(i, "layernorm.weight")
+            k.norm_backward(layer.unit, layer.inverse, gamma, g_normed, before, False)
         if found is not None:
             kept = {"x": g_x, "vec": g_vec, "o": g_o, "w": g_w, "x_sum": g_sum, "y": g_y, "normed": g_normed}
             for name, value in kept.items():
@@ -306,16 +314,16 @@ class Passes:
 
     def tangent(self, pos_t: Tensor) -> _Tangents:
         """Derivatives of all values along a displacement (N, 3) of the atoms."""
-        k, pairs, weights = self.kernels, self.pairs, self.weights
+        k, pairs = self.kernels, self.pairs
         change = k.geometry_tangent(pairs, pos_t)
         neighbors = k.embed_tangent(pairs, change, self.embed_bias, self.embed_pre, self.embed_pre_r, self.emb)
         found = _Tangents(change, neighbors)
         half = self.first.shape[1] // 2
-        x_t, vec_t = linear(neighbors, weights["neighbor_embedding.combine.weight"][:, half:]), None
+        x_t, vec_t = k.product(neighbors, self.combine_t[half:]), None
         for i, layer in enumerate(self.layers):
             x_t, vec_t = self._layer_tangent(i, layer, x_t, vec_t, found)
-        found.x_last, found.vec_out = x_t, vec_t
-        found.x_out = k.norm_tangent(self.unit, self.inverse, weights["out_norm.weight"], x_t)
+        found.x_last, found.vec_out = x_t, vec_t.clone()
+        found.x_out = k.norm_tangent(self.unit, self.inverse, self.weights["out_norm.weight"], x_t).clone()
         return found
 
     def _layer_tangent(
@@ -323,12 +331,12 @@ class Passes:
     ) -> tuple[Tensor, Tensor]:
         k = self.kernels
         if layer.vec is not None and vec_t is None:  # encoded vectors do not depend on positions
-            vec_t = torch.zeros_like(layer.vec)
+            vec_t = k.zeros(*layer.vec.shape)
         normed_t = k.norm_tangent(layer.unit, layer.inverse, self._of_layer(i, "layernorm.weight"), x_t)
-        y_t = linear(normed_t, layer.qkv_weight)
-        w_t = None if vec_t is None else _by_atom(linear, vec_t, self._of_layer(i, "vec_proj.weight"))
+        y_t = k.product(normed_t, layer.qkv_weight_t)
+        w_t = None if vec_t is None else _by_atom(k.product(_rows(vec_t), layer.vec_weight_t))
         sum_t, v_t, score_t, score_self_t = k.pair_tangent(self.pairs, layer, found.change, y_t, vec_t)
-        o_t = linear(sum_t, self._of_layer(i, "o_proj.weight"))
+        o_t = k.product(sum_t, layer.o_weight_t)
         kept = {"x": x_t, "vec": vec_t, "normed": normed_t, "y": y_t, "w": w_t, "x_sum": sum_t, "o": o_t}
         for name, value in {**kept, "score": score_t, "score_self": score_self_t}.items():
             getattr(found, name).append(value)
@@ -348,152 +356,124 @@ class Passes:
             Whether the adjoints of the positions are wanted.
         """
         if not self.pending:
-            return self._plain_gradient(m_x, m_vec, geometry)
-        total, g_vec0 = self._reverse(m_x, m_vec, *self.pending[0])
-        for adjoints, tangents in self.pending[1:]:
-            more, more_vec0 = self._reverse(torch.zeros_like(m_x), torch.zeros_like(m_vec), adjoints, tangents)
-            total = {name: value + more[name] for name, value in total.items()}
-            g_vec0 = None if g_vec0 is None else g_vec0 + more_vec0
+            return self._gradient(m_x, m_vec, geometry, None)
+        total, _, g_vec0 = self._gradient(m_x, m_vec, False, self.pending[0])
+        for more in self.pending[1:]:
+            others, _, other_vec0 = self._gradient(torch.zeros_like(m_x), torch.zeros_like(m_vec), False, more)
+            total = {name: value + others[name] for name, value in total.items()}
+            g_vec0 = None if g_vec0 is None else g_vec0 + other_vec0
         return total, None, g_vec0
 
-    def _reverse(
-        self, m_x: Tensor, m_vec: Tensor, adjoints: _Adjoints, tangents: _Tangents
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _gradient(
+        self, m_x: Tensor, m_vec: Tensor, geometry: bool, second: tuple[_Adjoints, _Tangents] | None
+    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+        """`gradient` with the derivative of one second scalar, or none."""
         k, pairs, weights, out = self.kernels, self.pairs, self.weights, {}
-        into = torch.zeros_like(m_x)
-        out["out_norm.weight"], out["out_norm.bias"] = k.norm_reverse(
-            self.unit, self.inverse, weights["out_norm.weight"], tangents.x_last, adjoints.normed_out, m_x, into
-        )
+        g_change = k.zeros(pairs.p, 4) if geometry else None
+        into = k.zeros(*m_x.shape)
+        norm = self.unit, self.inverse, weights["out_norm.weight"]
+        if second is None:
+            gradients = k.norm_backward(*norm, m_x, into, True)
+        else:
+            gradients = k.norm_reverse(*norm, second[1].x_last, second[0].normed_out, m_x, into)
+        out["out_norm.weight"], out["out_norm.bias"] = gradients
         m_x = into
         for i in reversed(range(len(self.layers))):
-            m_x, m_vec = self._layer_reverse(i, self.layers[i], m_x, m_vec, adjoints, tangents, out)
-        half = self.first.shape[1] // 2
-        combine = "neighbor_embedding.combine."
-        gradient = weight_gradient(m_x, self.first)
-        gradient[:, half:] += weight_gradient(adjoints.x_first, tangents.neighbors)
-        out[combine + "weight"], out[combine + "bias"] = gradient, m_x.sum(0)
-        m_first = product(m_x, weights[combine + "weight"])
-        m_pre, m_pre_r, m_emb = k.embed_reverse(
-            pairs, tangents.change, self.embed_bias, self.embed_pre, self.embed_pre_r, self.emb, adjoints.neighbors,
-            m_first[:, half:].contiguous(),
-        )  # fmt: skip
-        self._embedding_gradient(out, m_first[:, :half], m_emb, m_pre, m_pre_r)
-        return out, m_vec
-
-    def _layer_reverse(
-        self, i: int, layer: Layer, m_x: Tensor, m_vec: Tensor, adjoints: _Adjoints, tangents: _Tangents,
-        out: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        k, pairs = self.kernels, self.pairs
-        g_x, g_vec, o_t, w_t = adjoints.x[i], adjoints.vec[i], tangents.o[i], tangents.w[i]
-        m_o, m_w = k.update_reverse(layer.o, layer.w, o_t, w_t, g_x, g_vec, m_x, m_vec)
-        o_weight = weight_gradient(m_o, layer.x_sum).add_(weight_gradient(adjoints.o[i], tangents.x_sum[i]))
-        m_sum = product(m_o, self._of_layer(i, "o_proj.weight"))
-        into = vec_weight = None
-        if layer.vec is not None:
-            into = _by_atom(product, m_w, self._of_layer(i, "vec_proj.weight")).add_(m_vec)
-            vec_weight = weight_gradient(_rows(m_w), _rows(layer.vec))
-            vec_weight += weight_gradient(_rows(adjoints.w[i]), _rows(tangents.vec[i]))
-        m_y, m_pre, m_pre_r = k.pair_reverse(
-            pairs, layer, tangents.change, tangents.y[i], tangents.vec[i], tangents.score[i], tangents.score_self[i],
-            adjoints.x_sum[i], g_vec, m_sum, m_vec, into,
-        )  # fmt: skip
-        qkv_weight = weight_gradient(m_y, layer.normed).add_(weight_gradient(adjoints.y[i], tangents.normed[i]))
-        m_normed = product(m_y, layer.qkv_weight)
-        before = m_x.clone()
-        gamma, beta = k.norm_reverse(
-            layer.unit, layer.inverse, self._of_layer(i, "layernorm.weight"), tangents.x[i], adjoints.normed[i],
-            m_normed, before,
-        )  # fmt: skip
-        filter_weight = weight_gradient(m_pre, pairs.rbf).add_(weight_gradient(m_pre_r, pairs.rbf_r))
-        self._layer_gradient(out, i, layer, gamma, beta, m_y, qkv_weight, m_o, o_weight, vec_weight, m_pre, filter_weight)
-        return before, into
-
-    def _plain_gradient(
-        self, g_x: Tensor, g_vec: Tensor, geometry: bool
-    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-        """The gradient of a scalar that depends on features only, not on their derivatives."""
-        k, pairs, weights, out = self.kernels, self.pairs, self.weights, {}
-        g_change = g_x.new_zeros(pairs.p, 4) if geometry else None
-        into = torch.zeros_like(g_x)
-        out["out_norm.weight"], out["out_norm.bias"] = k.norm_backward(
-            self.unit, self.inverse, weights["out_norm.weight"], g_x, into, True
-        )
-        g_x = into
-        for i in reversed(range(len(self.layers))):
-            g_x, g_vec = self._layer_plain_gradient(i, self.layers[i], g_x, g_vec, g_change, out)
-        half = self.first.shape[1] // 2
-        combine = "neighbor_embedding.combine."
-        out[combine + "weight"], out[combine + "bias"] = weight_gradient(g_x, self.first), g_x.sum(0)
-        g_first = product(g_x, weights[combine + "weight"])
-        g_pre, g_emb = k.embed_backward(
-            pairs, self.embed_bias, self.embed_pre, self.embed_pre_r, self.emb, g_first[:, half:].contiguous(),
-            g_change, True,
-        )  # fmt: skip
-        self._embedding_gradient(out, g_first[:, :half], g_emb, g_pre, None)
-        return out, None if g_change is None else k.geometry_backward(pairs, g_change), g_vec
-
-    def _layer_plain_gradient(
-        self, i: int, layer: Layer, g_x: Tensor, g_vec: Tensor, g_change: Tensor | None, out: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        k = self.kernels
-        g_o, g_w = k.update_backward(layer.o, layer.w, g_x, g_vec)
-        g_sum = product(g_o, self._of_layer(i, "o_proj.weight"))
-        into = vec_weight = None
-        if layer.vec is not None:
-            into = _by_atom(product, g_w, self._of_layer(i, "vec_proj.weight")).add_(g_vec)
-            vec_weight = weight_gradient(_rows(g_w), _rows(layer.vec))
-        g_y, g_pre = k.pair_backward(self.pairs, layer, g_sum, g_vec, into, g_change, True)
-        before = g_x.clone()
-        gamma, beta = k.norm_backward(
-            layer.unit, layer.inverse, self._of_layer(i, "layernorm.weight"), product(g_y, layer.qkv_weight), before,
-            True,
-        )  # fmt: skip
-        self._layer_gradient(
-            out, i, layer, gamma, beta, g_y, weight_gradient(g_y, layer.normed), g_o, weight_gradient(g_o, layer.x_sum),
-            vec_weight, g_pre, weight_gradient(g_pre, self.pairs.rbf),
-        )  # fmt: skip
-        return before, into
+            m_x, m_vec = self._layer_gradient(i, self.layers[i], m_x, m_vec, g_change, second, out)
+        self._first_gradient(m_x, g_change, second, out)
+        g_pos = None if g_change is None else k.geometry_backward(pairs, g_change).clone()
+        return out, g_pos, None if m_vec is None else m_vec.clone()
 
     def _layer_gradient(
-        self, out: dict[str, Tensor], i: int, layer: Layer, gamma: Tensor, beta: Tensor, m_y: Tensor,
-        qkv_weight: Tensor, m_o: Tensor, o_weight: Tensor, vec_weight: Tensor | None, m_pre: Tensor,
-        filter_weight: Tensor,
-    ) -> None:  # fmt: skip
-        """File the gradient of a layer under the names of its parameters."""
+        self, i: int, layer: Layer, m_x: Tensor, m_vec: Tensor, g_change: Tensor | None,
+        second: tuple[_Adjoints, _Tangents] | None, out: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Adjoints before the layer; files the gradients by its weights in `out`."""
+        k, pairs, gamma = self.kernels, self.pairs, self._of_layer(i, "layernorm.weight")
+        before, into = k.empty(*m_x.shape).copy_(m_x), None if layer.vec is None else k.empty(*m_vec.shape)
+        g = None if second is None else {name: getattr(second[0], name)[i] for name in _LAYER_ADJOINTS}
+        t = None if second is None else {name: getattr(second[1], name)[i] for name in _LAYER_TANGENTS}
+        with k.scratch():
+            if second is None:
+                m_o, m_w = k.update_backward(layer.o, layer.w, m_x, m_vec)
+            else:
+                m_o, m_w = k.update_reverse(layer.o, layer.w, t["o"], t["w"], g["x"], g["vec"], m_x, m_vec)
+            m_sum = k.product(m_o, layer.o_weight)
+            if into is not None:
+                k.product(_rows(m_w), layer.vec_weight, out=_rows(into.copy_(m_vec)), add=True)
+            if second is None:
+                m_y, m_pre = k.pair_backward(pairs, layer, m_sum, m_vec, into, g_change, True)
+                m_pre_r = None
+            else:
+                m_y, m_pre, m_pre_r = k.pair_reverse(
+                    pairs, layer, second[1].change, t["y"], t["vec"], t["score"], t["score_self"], g["x_sum"],
+                    g["vec"], m_sum, m_vec, into,
+                )  # fmt: skip
+            m_normed = k.product(m_y, layer.qkv_weight)
+            norm = layer.unit, layer.inverse, gamma
+            if second is None:
+                scale, shift = k.norm_backward(*norm, m_normed, before, True)
+            else:
+                scale, shift = k.norm_reverse(*norm, t["x"], g["normed"], m_normed, before)
+            qkv = self._weight_gradient(m_y, layer.normed, second and (g["y"], t["normed"]))
+            filters = self._weight_gradient(m_pre, pairs.rbf, second and (m_pre_r, pairs.rbf_r))
+            qkv_bias, filter_bias = k.column_sum(m_y), k.column_sum(m_pre)
+            values = {
+                "layernorm.weight": scale, "layernorm.bias": shift,
+                "o_proj.weight": self._weight_gradient(m_o, layer.x_sum, second and (g["o"], t["x_sum"])),
+                "o_proj.bias": k.column_sum(m_o), "vec_proj.weight": None,
+            }  # fmt: skip
+            if into is not None:
+                more = second and (_rows(g["w"]), _rows(t["vec"]))
+                values["vec_proj.weight"] = self._weight_gradient(_rows(m_w), _rows(layer.vec), more)
         c = layer.channels
-        qkv_bias, filter_bias = m_y.sum(0), m_pre.sum(0)
-        values = {
-            "layernorm.weight": gamma, "layernorm.bias": beta,
-            "o_proj.weight": o_weight, "o_proj.bias": m_o.sum(0), "vec_proj.weight": vec_weight,
-        }  # fmt: skip
         for name, start, stop in (("q", 0, c), ("k", c, 2 * c), ("v", 2 * c, 5 * c)):
-            values[f"{name}_proj.weight"], values[f"{name}_proj.bias"] = qkv_weight[start:stop], qkv_bias[start:stop]
+            values[f"{name}_proj.weight"], values[f"{name}_proj.bias"] = qkv[start:stop], qkv_bias[start:stop]
         for name, start, stop in (("dk", 0, c), ("dv", c, 4 * c)):
-            values[f"{name}_proj.weight"] = filter_weight[start:stop]
-            values[f"{name}_proj.bias"] = filter_bias[start:stop]
+            values[f"{name}_proj.weight"], values[f"{name}_proj.bias"] = filters[start:stop], filter_bias[start:stop]
         out.update({f"attention_layers.{i}.{name}": value for name, value in values.items()})
+        return before, into
 
-    def _embedding_gradient(
-        self, out: dict[str, Tensor], m_own: Tensor, m_emb: Tensor, m_pre: Tensor, m_pre_r: Tensor | None
+    def _first_gradient(
+        self, m_x: Tensor, g_change: Tensor | None, second: tuple[_Adjoints, _Tangents] | None, out: dict[str, Tensor]
     ) -> None:
-        embed, pairs = "neighbor_embedding.", self.pairs
+        """Gradients by the weights before the first layer."""
+        k, pairs, half, embed = self.kernels, self.pairs, self.first.shape[1] // 2, "neighbor_embedding."
+        gradient = self._weight_gradient(m_x, self.first, None)
+        if second is not None:  # the atom's own embedding has no tangent
+            gradient[:, half:] += k.product(second[0].x_first.t(), second[1].neighbors)
+        out[embed + "combine.weight"], out[embed + "combine.bias"] = gradient, k.column_sum(m_x)
+        m_own, m_neighbors = k.product(m_x, self.combine[:, :half]), k.product(m_x, self.combine[:, half:])
+        values = self.embed_bias, self.embed_pre, self.embed_pre_r, self.emb
+        if second is None:
+            m_pre, m_emb = k.embed_backward(pairs, *values, m_neighbors, g_change, True)
+            more = None
+        else:
+            m_pre, m_pre_r, m_emb = k.embed_reverse(
+                pairs, second[1].change, *values, second[0].neighbors, m_neighbors
+            )
+            more = m_pre_r, pairs.rbf_r
         for name, value in (("embedding.weight", m_own), (embed + "embedding.weight", m_emb)):
             out[name] = torch.zeros_like(self.weights[name]).index_add_(0, self.z, value)
-        gradient = weight_gradient(m_pre, pairs.rbf[: pairs.p])
-        if m_pre_r is not None:
-            gradient += weight_gradient(m_pre_r, pairs.rbf_r)
-        out[embed + "distance_proj.weight"] = gradient
-        # The bias is multiplied with the cutoff function, as are the filters: its adjoint is theirs, before that.
-        out[embed + "distance_proj.bias"] = m_pre.sum(0)
+        out[embed + "distance_proj.weight"] = self._weight_gradient(m_pre, pairs.rbf[: pairs.p], more)
+        out[embed + "distance_proj.bias"] = k.column_sum(m_pre)
+
+    def _weight_gradient(self, g: Tensor, x: Tensor, more: tuple[Tensor, Tensor] | None) -> Tensor:
+        """g^T x, plus that of a second pair, in memory of its own."""
+        out = g.new_empty(g.shape[1], x.shape[1])
+        self.kernels.product(g.t(), x, out=out)
+        return out if more is None else self.kernels.product(more[0].t(), more[1], out=out, add=True)
+
+
+_LAYER_ADJOINTS = ("x", "vec", "o", "w", "x_sum", "y", "normed")
+_LAYER_TANGENTS = ("x", "vec", "normed", "y", "w", "score", "score_self", "x_sum", "o")
 
 
 def _rows(vectors: Tensor) -> Tensor:
     """(N, 3, C) as (3N, C)."""
-    return vectors.reshape(-1, vectors.shape[-1])
+    return vectors.view(-1, vectors.shape[-1])
 
 
-def _by_atom(function, vectors: Tensor, weight: Tensor) -> Tensor:
-    """A matrix product with every one of the three rows of (N, 3, C)."""
-    out = function(_rows(vectors), weight)
-    return out.view(vectors.shape[0], 3, out.shape[-1])
+def _by_atom(rows: Tensor) -> Tensor:
+    """(3N, C) as (N, 3, C)."""
+    return rows.view(-1, 3, rows.shape[-1])

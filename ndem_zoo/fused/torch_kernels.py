@@ -6,11 +6,13 @@ number of atoms and edges alone: pairs beyond the cutoff stay, with cutoff funct
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
 from torch import Tensor
 
+from ndem_zoo.fused.gemm import product
 from ndem_zoo.fused.pairs import Layer, Pairs
 
 
@@ -89,6 +91,34 @@ class _Directions:
 
 class TorchKernels:
     """The kernels as methods on tensors of any device; see `native.NativeKernels`."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like.detach()
+
+    def empty(self, *shape: int) -> Tensor:
+        """A tensor with arbitrary content."""
+        return self._like.new_empty(shape)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A tensor of zeros."""
+        return self._like.new_zeros(shape)
+
+    def scratch(self) -> contextlib.AbstractContextManager[None]:
+        """Results made inside are valid inside only."""
+        return contextlib.nullcontext()
+
+    def product(
+        self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False
+    ) -> Tensor:
+        """a b + bias, or with `add` out + a b."""
+        result = product(a, b, bias)
+        if out is None:
+            return result
+        return out.add_(result) if add else out.copy_(result)
+
+    def column_sum(self, values: Tensor) -> Tensor:
+        """Sum of the rows of (M, N): (N,)."""
+        return values.sum(0)
 
     # -------------------------------------------------------------------------------------------------------- pairs
 
