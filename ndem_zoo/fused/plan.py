@@ -130,7 +130,7 @@ class _Features(torch.autograd.Function):
         if getattr(passes.pos, "forces_only", False):  # set by physics.forces_from_energy
             if torch.is_grad_enabled():
                 return None, _Forces.apply(passes, g_x, g_vec, *ctx.saved_tensors), None, *nothing
-            return None, passes.backward(g_x, g_vec, keep=False).g_pos, None, *nothing
+            return None, passes.backward(g_x, g_vec, keep=False)[0], None, *nothing
         if torch.is_grad_enabled():
             raise ConfigError(
                 "the fused plan differentiates twice only through ndem_zoo.physics.forces_from_energy; use it, or set "
@@ -148,14 +148,16 @@ class _Forces(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, passes, g_x, g_vec, token):
-        ctx.passes, ctx.adjoints = passes, passes.backward(g_x, g_vec, keep=True)
-        return ctx.adjoints.g_pos
+        ctx.passes = passes
+        # Pitfall: the result must not be reachable from ctx, or node and result keep each other alive.
+        g_pos, ctx.adjoints = passes.backward(g_x, g_vec, keep=True)
+        return g_pos
 
     @staticmethod
     def backward(ctx, pos_t):
-        tangents = ctx.passes.tangent(pos_t.contiguous())
+        x_t, vec_t, tangents = ctx.passes.tangent(pos_t.contiguous())
         ctx.passes.pending.append((ctx.adjoints, tangents))
-        return None, tangents.x_out, tangents.vec_out, pos_t.new_zeros(())
+        return None, x_t, vec_t, pos_t.new_zeros(())
 
 
 # ------------------------------------------------------------------------------------------------------- the passes
@@ -165,7 +167,6 @@ class _Forces(torch.autograd.Function):
 class _Adjoints:
     """What `backward` keeps: adjoints of the values of each layer (lists by layer) and before the first."""
 
-    g_pos: Tensor | None = None
     normed_out: Tensor | None = None  # of the features, before the last normalization
     x: list[Tensor] = field(default_factory=list)  # after the layer
     vec: list[Tensor] = field(default_factory=list)
@@ -184,8 +185,6 @@ class _Tangents:
 
     change: Tensor
     neighbors: Tensor
-    x_out: Tensor | None = None
-    vec_out: Tensor | None = None
     x: list[Tensor] = field(default_factory=list)  # before the layer
     vec: list[Tensor | None] = field(default_factory=list)
     normed: list[Tensor] = field(default_factory=list)
@@ -271,8 +270,8 @@ class Passes:
         layer.o = k.product(layer.x_sum, layer.o_weight_t, self._of_layer(i, "o_proj.bias"))
         return k.update_forward(x, vec, layer.o, layer.w, v_sum)
 
-    def backward(self, g_x: Tensor, g_vec: Tensor, keep: bool) -> _Adjoints:
-        """Adjoints of the positions, from those of the features; those on the way are kept for `gradient` if asked."""
+    def backward(self, g_x: Tensor, g_vec: Tensor, keep: bool) -> tuple[Tensor, _Adjoints]:
+        """Adjoints of the positions, from those of the features, and if asked those on the way, for `gradient`."""
         k, pairs, found = self.kernels, self.pairs, _Adjoints()
         if keep:
             found.normed_out = g_x
@@ -289,8 +288,7 @@ class Passes:
         )
         if keep:
             found.x_first, found.neighbors = g_x, g_neighbors
-        found.g_pos = k.geometry_backward(pairs, g_change).clone()
-        return found
+        return k.geometry_backward(pairs, g_change).clone(), found
 
     def _layer_backward(
         self, i: int, layer: Layer, g_x: Tensor, g_vec: Tensor, g_change: Tensor, found: _Adjoints | None
@@ -312,8 +310,8 @@ class Passes:
                 getattr(found, name).insert(0, value)
         return before, into
 
-    def tangent(self, pos_t: Tensor) -> _Tangents:
-        """Derivatives of all values along a displacement (N, 3) of the atoms."""
+    def tangent(self, pos_t: Tensor) -> tuple[Tensor, Tensor, _Tangents]:
+        """Derivatives of the features, and of all values on the way, along a displacement (N, 3) of the atoms."""
         k, pairs = self.kernels, self.pairs
         change = k.geometry_tangent(pairs, pos_t)
         neighbors = k.embed_tangent(pairs, change, self.embed_bias, self.embed_pre, self.embed_pre_r, self.emb)
@@ -322,9 +320,9 @@ class Passes:
         x_t, vec_t = k.product(neighbors, self.combine_t[half:]), None
         for i, layer in enumerate(self.layers):
             x_t, vec_t = self._layer_tangent(i, layer, x_t, vec_t, found)
-        found.x_last, found.vec_out = x_t, vec_t.clone()
-        found.x_out = k.norm_tangent(self.unit, self.inverse, self.weights["out_norm.weight"], x_t).clone()
-        return found
+        found.x_last = x_t
+        out_t = k.norm_tangent(self.unit, self.inverse, self.weights["out_norm.weight"], x_t)
+        return out_t.clone(), vec_t.clone(), found
 
     def _layer_tangent(
         self, i: int, layer: Layer, x_t: Tensor, vec_t: Tensor | None, found: _Tangents
