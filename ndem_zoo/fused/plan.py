@@ -14,7 +14,7 @@ and <v, dE/dpos> is the derivative of E along v. So four passes give everything,
                `backward`.
 
 Filters are made once for each pair, together with their derivative by the distance, so that no adjoint of an edge has
-channels. Heads are left to autograd, which meets the passes as `_Features` and `_Forces` below.
+channels. `autograd.py` makes these passes known to autograd, `head.py` has those of the heads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ndem_zoo.errors import ConfigError
-from ndem_zoo.fused import native
+from ndem_zoo.fused import autograd, native
 from ndem_zoo.fused.pairs import Layer, Pairs
 from ndem_zoo.fused.torch_kernels import TorchKernels
 
@@ -76,91 +76,15 @@ def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Te
     basis = backbone.distance_expansion
     vector_cutoff = backbone.attention_layers[0].vector_cutoff
     kernels.radial(pairs, backbone.cutoff, vector_cutoff, basis.means, basis.betas, needs_forces)
-    passes = Passes(kernels, pairs, batch.z, pos, {n: p.detach() for n, p in names.items()}, backbone)
-    if not torch.is_grad_enabled():
-        return passes.forward(vec)
-    if pos.requires_grad:
-        pos = _FirstOrder.apply(pos, passes)
-    scalars, vectors, _ = _Features.apply(passes, pos, vec, *parameters)
+    passes = BackbonePasses(kernels, pairs, batch.z, pos, {n: p.detach() for n, p in names.items()}, backbone)
+    scalars, vectors = autograd.run(passes, (pos, vec), parameters)
+    scalars.passes = passes  # tells heads that their plan can follow
     return scalars, vectors
 
 
 def _parameter_names(n_layers: int) -> list[str]:
     layers = [f"attention_layers.{i}.{name}" for i in range(n_layers) for name in _LAYER_PARAMETERS]
     return [*layers, *_OTHER_PARAMETERS]
-
-
-# ------------------------------------------------------------------------------------------------- seen from autograd
-
-
-class _FirstOrder(torch.autograd.Function):
-    """The positions, unchanged; refuses second derivatives by them, which the passes do not hold."""
-
-    @staticmethod
-    def forward(ctx, pos, passes):
-        ctx.passes = passes
-        return pos.view_as(pos)
-
-    @staticmethod
-    def backward(ctx, g_pos):
-        if ctx.passes.second_order:
-            raise ConfigError(
-                "the fused plan gives no second derivatives by positions; train with loss.backward(inputs=[weights]), "
-                "or set backbone.plan = 'eager' for Hessians"
-            )
-        return g_pos, None
-
-
-class _Features(torch.autograd.Function):
-    """Positions and weights to features. Its backward is the force pass, or the final one that finds the gradient."""
-
-    @staticmethod
-    def forward(ctx, passes, pos, vec, *parameters):
-        ctx.passes = passes
-        scalars, vectors = passes.forward(vec)
-        token = scalars.new_zeros(())  # ties every force pass to this node, so that this node's backward runs last
-        ctx.save_for_backward(token)
-        return scalars, vectors, token
-
-    @staticmethod
-    def backward(ctx, g_x, g_vec, _):
-        passes = ctx.passes
-        g_x, g_vec = g_x.contiguous(), g_vec.contiguous()
-        nothing = [None] * len(_parameter_names(len(passes.layers)))
-        if getattr(passes.pos, "forces_only", False):  # set by physics.forces_from_energy
-            if torch.is_grad_enabled():
-                return None, _Forces.apply(passes, g_x, g_vec, *ctx.saved_tensors), None, *nothing
-            return None, passes.backward(g_x, g_vec, keep=False)[0], None, *nothing
-        if torch.is_grad_enabled():
-            raise ConfigError(
-                "the fused plan differentiates twice only through ndem_zoo.physics.forces_from_energy; use it, or set "
-                "backbone.plan = 'eager'"
-            )
-        passes.second_order = bool(passes.pending)
-        gradients, g_pos, g_vec0 = passes.gradient(g_x, g_vec, geometry=ctx.needs_input_grad[1])
-        passes.pending = []
-        gradients = [gradients[name] for name in _parameter_names(len(passes.layers))]
-        return None, g_pos, g_vec0, *gradients
-
-
-class _Forces(torch.autograd.Function):
-    """Adjoints of the features to those of the positions; its backward is the tangent pass."""
-
-    @staticmethod
-    def forward(ctx, passes, g_x, g_vec, token):
-        ctx.passes = passes
-        # Pitfall: the result must not be reachable from ctx, or node and result keep each other alive.
-        g_pos, ctx.adjoints = passes.backward(g_x, g_vec, keep=True)
-        return g_pos
-
-    @staticmethod
-    def backward(ctx, pos_t):
-        x_t, vec_t, tangents = ctx.passes.tangent(pos_t.contiguous())
-        ctx.passes.pending.append((ctx.adjoints, tangents))
-        return None, x_t, vec_t, pos_t.new_zeros(())
-
-
-# ------------------------------------------------------------------------------------------------------- the passes
 
 
 @dataclass(slots=True)
@@ -197,19 +121,19 @@ class _Tangents:
     x_last: Tensor | None = None
 
 
-class Passes:
-    """One evaluation of the network: its values, and the passes over them. Knows nothing of autograd."""
+class BackbonePasses(autograd.Passes):
+    """One evaluation of the network, from (positions, first vectors or None) to (scalars, vectors)."""
 
     def __init__(
         self, kernels: native.NativeKernels | TorchKernels, pairs: Pairs, z: Tensor, pos: Tensor,
         weights: dict[str, Tensor], backbone: TorchMDNet,
     ) -> None:  # fmt: skip
-        self.kernels, self.pairs, self.z, self.pos, self.weights = kernels, pairs, z, pos, weights
+        super().__init__(pos)
+        self.kernels, self.pairs, self.z, self.weights = kernels, pairs, z, weights
         self.eps = backbone.out_norm.eps
         heads = [layer.num_heads for layer in backbone.attention_layers]
         self.layers = [self._layer(i, heads[i]) for i in range(len(heads))]
-        self.pending: list[tuple[_Adjoints, _Tangents]] = []
-        self.second_order = False
+        self.names = _parameter_names(len(self.layers))
 
     def _layer(self, i: int, heads: int) -> Layer:
         weight = {name: self.weights[f"attention_layers.{i}.{name}"] for name in _LAYER_PARAMETERS}
@@ -230,10 +154,17 @@ class Passes:
             vec_weight=weight["vec_proj.weight"],
         )
 
+    def check_second_order(self) -> None:
+        """Adjoints of positions are known to first order only."""
+        raise ConfigError(
+            "the fused plan gives no second derivatives by positions; train with loss.backward(inputs=[weights]), or set "
+            "backbone.plan = 'eager' for Hessians"
+        )
+
     def _of_layer(self, i: int, name: str) -> Tensor:
         return self.weights[f"attention_layers.{i}.{name}"]
 
-    def forward(self, vec: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, _: Tensor, vec: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scalars (N, C) and vectors (N, 3, C) of the atoms."""
         k, pairs, weights = self.kernels, self.pairs, self.weights
         embed = "neighbor_embedding."
@@ -270,8 +201,8 @@ class Passes:
         layer.o = k.product(layer.x_sum, layer.o_weight_t, self._of_layer(i, "o_proj.bias"))
         return k.update_forward(x, vec, layer.o, layer.w, v_sum)
 
-    def backward(self, g_x: Tensor, g_vec: Tensor, keep: bool) -> tuple[Tensor, _Adjoints]:
-        """Adjoints of the positions, from those of the features, and if asked those on the way, for `gradient`."""
+    def backward(self, g_x: Tensor, g_vec: Tensor, *, keep: bool) -> tuple[tuple[Tensor, None], _Adjoints]:
+        """Adjoints of the positions, from those of the features."""
         k, pairs, found = self.kernels, self.pairs, _Adjoints()
         if keep:
             found.normed_out = g_x
@@ -288,7 +219,7 @@ class Passes:
         )
         if keep:
             found.x_first, found.neighbors = g_x, g_neighbors
-        return k.geometry_backward(pairs, g_change).clone(), found
+        return (k.geometry_backward(pairs, g_change).clone(), None), found
 
     def _layer_backward(
         self, i: int, layer: Layer, g_x: Tensor, g_vec: Tensor, g_change: Tensor, found: _Adjoints | None
@@ -310,8 +241,8 @@ class Passes:
                 getattr(found, name).insert(0, value)
         return before, into
 
-    def tangent(self, pos_t: Tensor) -> tuple[Tensor, Tensor, _Tangents]:
-        """Derivatives of the features, and of all values on the way, along a displacement (N, 3) of the atoms."""
+    def tangent(self, pos_t: Tensor, _: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], _Tangents]:
+        """Derivatives of the features along a displacement (N, 3) of the atoms."""
         k, pairs = self.kernels, self.pairs
         change = k.geometry_tangent(pairs, pos_t)
         neighbors = k.embed_tangent(pairs, change, self.embed_bias, self.embed_pre, self.embed_pre_r, self.emb)
@@ -322,7 +253,7 @@ class Passes:
             x_t, vec_t = self._layer_tangent(i, layer, x_t, vec_t, found)
         found.x_last = x_t
         out_t = k.norm_tangent(self.unit, self.inverse, self.weights["out_norm.weight"], x_t)
-        return out_t.clone(), vec_t.clone(), found
+        return (out_t.clone(), vec_t.clone()), found
 
     def _layer_tangent(
         self, i: int, layer: Layer, x_t: Tensor, vec_t: Tensor | None, found: _Tangents
@@ -341,33 +272,11 @@ class Passes:
         return k.update_tangent(x_t, vec_t, layer.o, layer.w, o_t, w_t, v_t)
 
     def gradient(
-        self, m_x: Tensor, m_vec: Tensor, geometry: bool
-    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-        """Gradient by all weights, by positions (first order only, if asked for), and by the first vectors.
-
-        Parameters
-        ----------
-        m_x, m_vec
-            Adjoints of the features. What `pending` holds is added: the derivative of a second scalar, whose adjoints
-            and tangents have been found, along a displacement.
-        geometry
-            Whether the adjoints of the positions are wanted.
-        """
-        if not self.pending:
-            return self._gradient(m_x, m_vec, geometry, None)
-        total, _, g_vec0 = self._gradient(m_x, m_vec, False, self.pending[0])
-        for more in self.pending[1:]:
-            others, _, other_vec0 = self._gradient(torch.zeros_like(m_x), torch.zeros_like(m_vec), False, more)
-            total = {name: value + others[name] for name, value in total.items()}
-            g_vec0 = None if g_vec0 is None else g_vec0 + other_vec0
-        return total, None, g_vec0
-
-    def _gradient(
-        self, m_x: Tensor, m_vec: Tensor, geometry: bool, second: tuple[_Adjoints, _Tangents] | None
-    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-        """`gradient` with the derivative of one second scalar, or none."""
+        self, m_x: Tensor, m_vec: Tensor, *, second: tuple[_Adjoints, _Tangents] | None, wanted: tuple[bool, ...]
+    ) -> tuple[tuple[Tensor | None, Tensor | None], list[Tensor | None]]:
+        """Adjoints of positions (first order only) and first vectors, and gradients by all weights."""
         k, pairs, weights, out = self.kernels, self.pairs, self.weights, {}
-        g_change = k.zeros(pairs.p, 4) if geometry else None
+        g_change = k.zeros(pairs.p, 4) if wanted[0] and second is None else None
         into = k.zeros(*m_x.shape)
         norm = self.unit, self.inverse, weights["out_norm.weight"]
         if second is None:
@@ -380,7 +289,7 @@ class Passes:
             m_x, m_vec = self._layer_gradient(i, self.layers[i], m_x, m_vec, g_change, second, out)
         self._first_gradient(m_x, g_change, second, out)
         g_pos = None if g_change is None else k.geometry_backward(pairs, g_change).clone()
-        return out, g_pos, None if m_vec is None else m_vec.clone()
+        return (g_pos, None if m_vec is None else m_vec.clone()), [out[name] for name in self.names]
 
     def _layer_gradient(
         self, i: int, layer: Layer, m_x: Tensor, m_vec: Tensor, g_change: Tensor | None,

@@ -1,0 +1,149 @@
+"""How autograd meets passes with hand-written derivatives, such that forces can be trained on.
+
+A part of the network (backbone, head) is one node. Asked for forces, the node runs its adjoint pass as a second node,
+whose own derivative is the tangent pass. The gradient by the weights then needs adjoints, tangents and the adjoints of
+the loss: the node does that last pass when all three have come in, once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ndem_zoo.errors import ConfigError
+
+
+class Passes(ABC):
+    """One evaluation of a part of the network: its values, and the passes over them.
+
+    Attributes
+    ----------
+    pos : (N, 3)
+        The positions that forces are taken by; `physics.forces_from_energy` marks them while it does.
+    pending : list
+        What `backward` and `tangent` left for `gradient`, for each scalar that forces were taken of.
+    """
+
+    def __init__(self, pos: Tensor) -> None:
+        self.pos = pos
+        self.pending: list[tuple[Any, Any]] = []
+        self.second_order = False
+
+    @abstractmethod
+    def forward(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Outputs."""
+
+    @abstractmethod
+    def backward(self, *g_outputs: Tensor, keep: bool) -> tuple[tuple[Tensor | None, ...], Any]:
+        """Adjoints of the inputs; with `keep`, also those on the way that `gradient` needs."""
+
+    @abstractmethod
+    def tangent(self, *inputs_t: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        """Derivatives of the outputs along a change of the inputs, and those on the way that `gradient` needs."""
+
+    @abstractmethod
+    def gradient(
+        self, *m_outputs: Tensor, second: tuple[Any, Any] | None, wanted: tuple[bool, ...]
+    ) -> tuple[tuple[Tensor | None, ...], list[Tensor | None]]:
+        """Adjoints of inputs and weights in (a scalar of the outputs) + (derivative of a second scalar).
+
+        Parameters
+        ----------
+        m_outputs
+            Adjoints of the outputs.
+        second
+            Adjoints of the second scalar and tangents along the displacement, as `backward` and `tangent` kept them;
+            None if there is none.
+        wanted
+            Which of the inputs need adjoints.
+        """
+
+    def check_second_order(self) -> None:  # noqa: B027 (most parts have nothing to refuse)
+        """Called when adjoints of the inputs are used that include a second derivative; may refuse."""
+
+
+def run(passes: Passes, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs of a part of the network, connected to its inputs and weights."""
+    if not torch.is_grad_enabled():
+        return passes.forward(*inputs)
+    first = inputs[0]
+    if first.requires_grad:
+        first = _Guard.apply(first, passes)
+    return _Values.apply(passes, len(inputs), first, *inputs[1:], *parameters)[:-1]
+
+
+class _Guard(torch.autograd.Function):
+    """The first input, unchanged; only there to notice that its adjoint is used."""
+
+    @staticmethod
+    def forward(ctx, x, passes):
+        ctx.passes = passes
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g_x):
+        if ctx.passes.second_order:
+            ctx.passes.check_second_order()
+        return g_x, None
+
+
+class _Values(torch.autograd.Function):
+    """Inputs and weights to outputs, and a token that every force pass is tied to, so that this node comes last."""
+
+    @staticmethod
+    def forward(ctx, passes, n_inputs, *tensors):
+        ctx.passes, ctx.n_inputs, ctx.n_parameters = passes, n_inputs, len(tensors) - n_inputs
+        outputs = passes.forward(*tensors[:n_inputs])
+        token = outputs[0].new_zeros(())
+        ctx.save_for_backward(token)
+        return *outputs, token
+
+    @staticmethod
+    def backward(ctx, *g_outputs):
+        passes, g_outputs = ctx.passes, tuple(g.contiguous() for g in g_outputs[:-1])
+        if getattr(passes.pos, "forces_only", False):  # set by physics.forces_from_energy
+            if torch.is_grad_enabled():
+                g_inputs = _Adjoints.apply(passes, *ctx.saved_tensors, *g_outputs)
+            else:
+                g_inputs, _ = passes.backward(*g_outputs, keep=False)
+            return None, None, *g_inputs, *[None] * ctx.n_parameters
+        if torch.is_grad_enabled():
+            raise ConfigError(
+                "the fused plan differentiates twice only through ndem_zoo.physics.forces_from_energy; use it, or set "
+                "backbone.plan = 'eager'"
+            )
+        pending, passes.pending = passes.pending, []
+        passes.second_order = bool(pending)
+        wanted = ctx.needs_input_grad[2 : 2 + ctx.n_inputs]
+        g_inputs, gradients = passes.gradient(*g_outputs, second=pending[0] if pending else None, wanted=wanted)
+        for second in pending[1:]:
+            nothing = [torch.zeros_like(g) for g in g_outputs]
+            more_inputs, more = passes.gradient(*nothing, second=second, wanted=wanted)
+            g_inputs, gradients = _added(g_inputs, more_inputs), _added(gradients, more)
+        return None, None, *g_inputs, *gradients
+
+
+def _added(values: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [a if b is None else b if a is None else a + b for a, b in zip(values, others, strict=True)]
+
+
+class _Adjoints(torch.autograd.Function):
+    """Adjoints of the outputs to adjoints of the inputs."""
+
+    @staticmethod
+    def forward(ctx, passes, token, *g_outputs):
+        ctx.passes = passes
+        # Pitfall: the result must not be reachable from ctx, or node and result keep each other alive.
+        g_inputs, ctx.adjoints = passes.backward(*g_outputs, keep=True)
+        return g_inputs
+
+    @staticmethod
+    def backward(ctx, *inputs_t):
+        inputs_t = tuple(None if t is None else t.contiguous() for t in inputs_t)
+        outputs_t, tangents = ctx.passes.tangent(*inputs_t)
+        ctx.passes.pending.append((ctx.adjoints, tangents))
+        return None, outputs_t[0].new_zeros(()), *outputs_t
