@@ -1231,6 +1231,179 @@ void update_reverse(int64_t n, int64_t C, const T* o, const T* w, const T* o_t, 
         }
 }
 
+// --------------------------------------------------------------------------------------------------------------- heads
+
+// ab (N, 3, I + O) = [a | b], sn (N, 2I) = [s | n] with n = |a|; the derivative of the length of a zero vector is 0.
+template <class T, int W>
+void length_forward(int64_t n, int64_t I, int64_t O, const T* s, const T* ab, T* sn) {
+    typedef Vec<T, W> V;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < I; c += W) {
+            V square = {};
+            for (int k = 0; k < 3; ++k) {
+                const V a = load<T, W>(ab + (3 * i + k) * (I + O) + c);
+                square += a * a;
+            }
+            V length;
+            for (int lane = 0; lane < W; ++lane) length[lane] = std::sqrt(square[lane]);
+            store<T, W>(sn + i * 2 * I + c, load<T, W>(s + i * I + c));
+            store<T, W>(sn + i * 2 * I + I + c, length);
+        }
+}
+
+template <class T, int W>
+inline Vec<T, W> inverse_length(Vec<T, W> length) {
+    const Vec<T, W> zero = {}, safe = length == zero ? zero + T(1) : length;
+    return length == zero ? zero : T(1) / safe;
+}
+
+template <class T, int W>
+void length_backward(int64_t n, int64_t I, int64_t O, const T* sn, const T* ab, const T* g_sn, T* g_ab, T* g_s) {
+    typedef Vec<T, W> V;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < I; c += W) {
+            const int64_t at = i * 2 * I + c;
+            const V factor = load<T, W>(g_sn + at + I) * inverse_length<T, W>(load<T, W>(sn + at + I));
+            for (int k = 0; k < 3; ++k) {
+                const int64_t row = (3 * i + k) * (I + O) + c;
+                store<T, W>(g_ab + row, load<T, W>(ab + row) * factor);
+            }
+            store<T, W>(g_s + i * I + c, load<T, W>(g_sn + at));
+        }
+}
+
+template <class T, int W>
+void length_tangent(int64_t n, int64_t I, int64_t O, const T* sn, const T* ab, const T* s_t, const T* ab_t, T* sn_t) {
+    typedef Vec<T, W> V;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < I; c += W) {
+            const int64_t at = i * 2 * I + c;
+            V dot = {};
+            for (int k = 0; k < 3; ++k) {
+                const int64_t row = (3 * i + k) * (I + O) + c;
+                dot += load<T, W>(ab + row) * load<T, W>(ab_t + row);
+            }
+            store<T, W>(sn_t + at, load<T, W>(s_t + i * I + c));
+            store<T, W>(sn_t + at + I, dot * inverse_length<T, W>(load<T, W>(sn + at + I)));
+        }
+}
+
+template <class T, int W>
+void length_reverse(int64_t n, int64_t I, int64_t O, const T* sn, const T* ab, const T* sn_t, const T* ab_t,
+                    const T* g_sn, const T* m_sn, T* m_ab, T* m_s) {
+    typedef Vec<T, W> V;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < I; c += W) {
+            const int64_t at = i * 2 * I + c;
+            const V inverse = inverse_length<T, W>(load<T, W>(sn + at + I)), g = load<T, W>(g_sn + at + I) * inverse;
+            const V m = load<T, W>(m_sn + at + I) * inverse - g * load<T, W>(sn_t + at + I) * inverse;
+            for (int k = 0; k < 3; ++k) {
+                const int64_t row = (3 * i + k) * (I + O) + c;
+                store<T, W>(m_ab + row, m * load<T, W>(ab + row) + g * load<T, W>(ab_t + row));
+            }
+            store<T, W>(m_s + i * I + c, load<T, W>(m_sn + at));
+        }
+}
+
+template <class T, int W>
+void silu_forward(int64_t size, const T* x, T* out) {
+    for (int64_t c = 0; c < size; c += W) {
+        const Vec<T, W> v = load<T, W>(x + c);
+        store<T, W>(out + c, v * sigmoid<T, W>(v));
+    }
+}
+
+template <class T, int W>
+void silu_backward(int64_t size, const T* x, const T* g_out, T* g_x) {
+    for (int64_t c = 0; c < size; c += W) {
+        Vec<T, W> s0, s1, unused;
+        silu<T, W, 1>(load<T, W>(x + c), s0, s1, unused);
+        store<T, W>(g_x + c, load<T, W>(g_out + c) * s1);
+    }
+}
+
+template <class T, int W>
+void silu_reverse(int64_t size, const T* x, const T* x_t, const T* g_out, const T* m_out, T* m_x) {
+    for (int64_t c = 0; c < size; c += W) {
+        Vec<T, W> s0, s1, s2;
+        silu<T, W, 2>(load<T, W>(x + c), s0, s1, s2);
+        store<T, W>(m_x + c, load<T, W>(m_out + c) * s1 + load<T, W>(g_out + c) * s2 * load<T, W>(x_t + c));
+    }
+}
+
+// u (N, 2O) = [out | gate]: scalars silu(out) or out, vectors b gate.
+template <class T, int W>
+void gate_forward(int64_t n, int64_t I, int64_t O, int64_t activate, const T* u, const T* ab, T* s, T* v) {
+    typedef Vec<T, W> V;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < O; c += W) {
+            const V out = load<T, W>(u + i * 2 * O + c), gate = load<T, W>(u + i * 2 * O + O + c);
+            store<T, W>(s + i * O + c, activate ? out * sigmoid<T, W>(out) : out);
+            for (int k = 0; k < 3; ++k)
+                store<T, W>(v + (3 * i + k) * O + c, load<T, W>(ab + (3 * i + k) * (I + O) + I + c) * gate);
+        }
+}
+
+template <class T, int W>
+void gate_backward(int64_t n, int64_t I, int64_t O, int64_t activate, const T* u, const T* ab, const T* g_s,
+                   const T* g_v, T* g_u, T* g_ab) {
+    typedef Vec<T, W> V;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < O; c += W) {
+            const V gate = load<T, W>(u + i * 2 * O + O + c), g = load<T, W>(g_s + i * O + c);
+            V s0, slope, unused, g_gate = {};
+            silu<T, W, 1>(load<T, W>(u + i * 2 * O + c), s0, slope, unused);
+            for (int k = 0; k < 3; ++k) {
+                const int64_t row = (3 * i + k) * (I + O) + I + c;
+                const V gv = load<T, W>(g_v + (3 * i + k) * O + c);
+                g_gate += gv * load<T, W>(ab + row);
+                store<T, W>(g_ab + row, gv * gate);
+            }
+            store<T, W>(g_u + i * 2 * O + c, activate ? g * slope : g);
+            store<T, W>(g_u + i * 2 * O + O + c, g_gate);
+        }
+}
+
+template <class T, int W>
+void gate_tangent(int64_t n, int64_t I, int64_t O, int64_t activate, const T* u, const T* ab, const T* u_t,
+                  const T* ab_t, T* s_t, T* v_t) {
+    typedef Vec<T, W> V;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < O; c += W) {
+            const V gate = load<T, W>(u + i * 2 * O + O + c), gate_t = load<T, W>(u_t + i * 2 * O + O + c);
+            const V out_t = load<T, W>(u_t + i * 2 * O + c);
+            V s0, slope, unused;
+            silu<T, W, 1>(load<T, W>(u + i * 2 * O + c), s0, slope, unused);
+            store<T, W>(s_t + i * O + c, activate ? out_t * slope : out_t);
+            for (int k = 0; k < 3; ++k) {
+                const int64_t row = (3 * i + k) * (I + O) + I + c;
+                store<T, W>(v_t + (3 * i + k) * O + c,
+                            load<T, W>(ab_t + row) * gate + load<T, W>(ab + row) * gate_t);
+            }
+        }
+}
+
+template <class T, int W>
+void gate_reverse(int64_t n, int64_t I, int64_t O, int64_t activate, const T* u, const T* ab, const T* u_t,
+                  const T* ab_t, const T* g_s, const T* g_v, const T* m_s, const T* m_v, T* m_u, T* m_ab) {
+    typedef Vec<T, W> V;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < O; c += W) {
+            const V gate = load<T, W>(u + i * 2 * O + O + c), gate_t = load<T, W>(u_t + i * 2 * O + O + c);
+            const V m = load<T, W>(m_s + i * O + c), g = load<T, W>(g_s + i * O + c);
+            V s0, slope, bend, m_gate = {};
+            silu<T, W, 2>(load<T, W>(u + i * 2 * O + c), s0, slope, bend);
+            for (int k = 0; k < 3; ++k) {
+                const int64_t row = (3 * i + k) * (I + O) + I + c;
+                const V mv = load<T, W>(m_v + (3 * i + k) * O + c), gv = load<T, W>(g_v + (3 * i + k) * O + c);
+                m_gate += mv * load<T, W>(ab + row) + gv * load<T, W>(ab_t + row);
+                store<T, W>(m_ab + row, mv * gate + gv * gate_t);
+            }
+            store<T, W>(m_u + i * 2 * O + c, activate ? m * slope + g * bend * load<T, W>(u_t + i * 2 * O + c) : m);
+            store<T, W>(m_u + i * 2 * O + O + c, m_gate);
+        }
+}
+
 // ------------------------------------------------------------------------------------------------------------ geometry
 
 inline uint64_t mixed(uint64_t a, uint64_t b) {  // a hash of two numbers: splitmix64's finalizer
@@ -1380,6 +1553,48 @@ void geometry_tangent(int64_t p, const int32_t* first, const int32_t* second, co
         product<T>({m, n, k, a, b, bias, a_row, a_column, b_row, c_row, c, accumulate != 0}, threads);                \
     }                                                                                                                 \
     void column_sum_##NAME(int64_t m, int64_t n, const T* values, T* out) { column_sum<T>(m, n, values, out); }        \
+    void length_forward_##NAME(int64_t width, int64_t n, int64_t i, int64_t o, const T* s, const T* ab, T* sn) {      \
+        LANES(T, (length_forward<T, W>(n, i, o, s, ab, sn)))                                                          \
+    }                                                                                                                 \
+    void length_backward_##NAME(int64_t width, int64_t n, int64_t i, int64_t o, const T* sn, const T* ab, const       \
+        T* g_sn, T* g_ab, T* g_s) {                                                                                   \
+        LANES(T, (length_backward<T, W>(n, i, o, sn, ab, g_sn, g_ab, g_s)))                                           \
+    }                                                                                                                 \
+    void length_tangent_##NAME(int64_t width, int64_t n, int64_t i, int64_t o, const T* sn, const T* ab, const        \
+        T* s_t, const T* ab_t, T* sn_t) {                                                                             \
+        LANES(T, (length_tangent<T, W>(n, i, o, sn, ab, s_t, ab_t, sn_t)))                                            \
+    }                                                                                                                 \
+    void length_reverse_##NAME(int64_t width, int64_t n, int64_t i, int64_t o, const T* sn, const T* ab, const        \
+        T* sn_t, const T* ab_t, const T* g_sn, const T* m_sn, T* m_ab, T* m_s) {                                      \
+        LANES(T, (length_reverse<T, W>(n, i, o, sn, ab, sn_t, ab_t, g_sn, m_sn, m_ab, m_s)))                          \
+    }                                                                                                                 \
+    void silu_forward_##NAME(int64_t width, int64_t size, const T* x, T* out) {                                       \
+        LANES(T, (silu_forward<T, W>(size, x, out)))                                                                  \
+    }                                                                                                                 \
+    void silu_backward_##NAME(int64_t width, int64_t size, const T* x, const T* g_out, T* g_x) {                      \
+        LANES(T, (silu_backward<T, W>(size, x, g_out, g_x)))                                                          \
+    }                                                                                                                 \
+    void silu_reverse_##NAME(int64_t width, int64_t size, const T* x, const T* x_t, const T* g_out, const T*          \
+        m_out, T* m_x) {                                                                                              \
+        LANES(T, (silu_reverse<T, W>(size, x, x_t, g_out, m_out, m_x)))                                               \
+    }                                                                                                                 \
+    void gate_forward_##NAME(int64_t width, int64_t n, int64_t i, int64_t o, int64_t activate, const T* u, const      \
+        T* ab, T* s, T* v) {                                                                                          \
+        LANES(T, (gate_forward<T, W>(n, i, o, activate, u, ab, s, v)))                                                \
+    }                                                                                                                 \
+    void gate_backward_##NAME(int64_t width, int64_t n, int64_t i, int64_t o, int64_t activate, const T* u,           \
+        const T* ab, const T* g_s, const T* g_v, T* g_u, T* g_ab) {                                                   \
+        LANES(T, (gate_backward<T, W>(n, i, o, activate, u, ab, g_s, g_v, g_u, g_ab)))                                \
+    }                                                                                                                 \
+    void gate_tangent_##NAME(int64_t width, int64_t n, int64_t i, int64_t o, int64_t activate, const T* u, const      \
+        T* ab, const T* u_t, const T* ab_t, T* s_t, T* v_t) {                                                         \
+        LANES(T, (gate_tangent<T, W>(n, i, o, activate, u, ab, u_t, ab_t, s_t, v_t)))                                 \
+    }                                                                                                                 \
+    void gate_reverse_##NAME(int64_t width, int64_t n, int64_t i, int64_t o, int64_t activate, const T* u, const      \
+        T* ab, const T* u_t, const T* ab_t, const T* g_s, const T* g_v, const T* m_s, const T* m_v, T* m_u, T*        \
+        m_ab) {                                                                                                       \
+        LANES(T, (gate_reverse<T, W>(n, i, o, activate, u, ab, u_t, ab_t, g_s, g_v, m_s, m_v, m_u, m_ab)))            \
+    }                                                                                                                 \
     int64_t find_pairs_##NAME(int64_t n_edges, const int64_t* src, const int64_t* dst, const T* shift, const T* pos,  \
                               double cutoff, int32_t* first, int32_t* second, T* edge) {                              \
         return find_pairs<T>(n_edges, src, dst, shift, pos, T(cutoff), first, second, edge);                          \

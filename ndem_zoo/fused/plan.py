@@ -322,17 +322,17 @@ class BackbonePasses(autograd.Passes):
                 scale, shift = k.norm_backward(*norm, m_normed, before, True)
             else:
                 scale, shift = k.norm_reverse(*norm, t["x"], g["normed"], m_normed, before)
-            qkv = self._weight_gradient(m_y, layer.normed, second and (g["y"], t["normed"]))
-            filters = self._weight_gradient(m_pre, pairs.rbf, second and (m_pre_r, pairs.rbf_r))
+            qkv = k.weight_gradient(m_y, layer.normed, second and (g["y"], t["normed"]))
+            filters = k.weight_gradient(m_pre, pairs.rbf, second and (m_pre_r, pairs.rbf_r))
             qkv_bias, filter_bias = k.column_sum(m_y), k.column_sum(m_pre)
             values = {
                 "layernorm.weight": scale, "layernorm.bias": shift,
-                "o_proj.weight": self._weight_gradient(m_o, layer.x_sum, second and (g["o"], t["x_sum"])),
+                "o_proj.weight": k.weight_gradient(m_o, layer.x_sum, second and (g["o"], t["x_sum"])),
                 "o_proj.bias": k.column_sum(m_o), "vec_proj.weight": None,
             }  # fmt: skip
             if into is not None:
                 more = second and (_rows(g["w"]), _rows(t["vec"]))
-                values["vec_proj.weight"] = self._weight_gradient(_rows(m_w), _rows(layer.vec), more)
+                values["vec_proj.weight"] = k.weight_gradient(_rows(m_w), _rows(layer.vec), more)
         c = layer.channels
         for name, start, stop in (("q", 0, c), ("k", c, 2 * c), ("v", 2 * c, 5 * c)):
             values[f"{name}_proj.weight"], values[f"{name}_proj.bias"] = qkv[start:stop], qkv_bias[start:stop]
@@ -346,7 +346,7 @@ class BackbonePasses(autograd.Passes):
     ) -> None:
         """Gradients by the weights before the first layer."""
         k, pairs, half, embed = self.kernels, self.pairs, self.first.shape[1] // 2, "neighbor_embedding."
-        gradient = self._weight_gradient(m_x, self.first, None)
+        gradient = k.weight_gradient(m_x, self.first, None)
         if second is not None:  # the atom's own embedding has no tangent
             gradient[:, half:] += k.product(second[0].x_first.t(), second[1].neighbors)
         out[embed + "combine.weight"], out[embed + "combine.bias"] = gradient, k.column_sum(m_x)
@@ -362,14 +362,8 @@ class BackbonePasses(autograd.Passes):
             more = m_pre_r, pairs.rbf_r
         for name, value in (("embedding.weight", m_own), (embed + "embedding.weight", m_emb)):
             out[name] = torch.zeros_like(self.weights[name]).index_add_(0, self.z, value)
-        out[embed + "distance_proj.weight"] = self._weight_gradient(m_pre, pairs.rbf[: pairs.p], more)
+        out[embed + "distance_proj.weight"] = k.weight_gradient(m_pre, pairs.rbf[: pairs.p], more)
         out[embed + "distance_proj.bias"] = k.column_sum(m_pre)
-
-    def _weight_gradient(self, g: Tensor, x: Tensor, more: tuple[Tensor, Tensor] | None) -> Tensor:
-        """g^T x, plus that of a second pair, in memory of its own."""
-        out = g.new_empty(g.shape[1], x.shape[1])
-        self.kernels.product(g.t(), x, out=out)
-        return out if more is None else self.kernels.product(more[0].t(), more[1], out=out, add=True)
 
 
 _LAYER_ADJOINTS = ("x", "vec", "o", "w", "x_sum", "y", "normed")

@@ -95,6 +95,10 @@ class TorchKernels:
     def __init__(self, like: Tensor) -> None:
         self._like = like.detach()
 
+    def like(self) -> TorchKernels:
+        """The same kernels."""
+        return self
+
     def empty(self, *shape: int) -> Tensor:
         """A tensor with arbitrary content."""
         return self._like.new_empty(shape)
@@ -115,6 +119,11 @@ class TorchKernels:
         if out is None:
             return result
         return out.add_(result) if add else out.copy_(result)
+
+    def weight_gradient(self, g: Tensor, x: Tensor, more: tuple[Tensor, Tensor] | None) -> Tensor:
+        """g^T x, plus that of a second pair."""
+        out = product(g.t(), x)
+        return out.contiguous() if more is None else out + product(more[0].t(), more[1])
 
     def column_sum(self, values: Tensor) -> Tensor:
         """Sum of the rows of (M, N): (N,)."""
@@ -503,3 +512,97 @@ class TorchKernels:
         m2 = m_x * (w1 * w2).sum(1) + g_x * (t1 * w2 + w1 * t2).sum(1)
         m_o = torch.cat([(m_vec * w3 + g_vec * t3).sum(1), m2, m_x], 1)
         return m_o, torch.cat([md * w2 + md_t * t2, md * w1 + md_t * t1, m_vec * o1 + g_vec * o1_t], 2)
+
+    # ---------------------------------------------------------------------------------------------------------- heads
+
+    @staticmethod
+    def _parts(ab: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        """a (N, 3, I) and b (N, 3, O)."""
+        ab = ab.view(-1, 3, ab.shape[1])
+        return ab[:, :, :i], ab[:, :, i:]
+
+    @staticmethod
+    def _inverse(length: Tensor) -> Tensor:
+        """1 / length, and 0 where it is 0: the derivative of the length of a zero vector is 0."""
+        is_zero = length == 0
+        return length.masked_fill(is_zero, 1.0).reciprocal().masked_fill(is_zero, 0.0)
+
+    def length_forward(self, s: Tensor, ab: Tensor) -> Tensor:
+        """[s | n] (N, 2I)."""
+        return torch.cat([s, self._parts(ab, s.shape[1])[0].square().sum(1).sqrt()], 1)
+
+    def length_backward(self, sn: Tensor, ab: Tensor, g_sn: Tensor, g_ab: Tensor) -> Tensor:
+        """Adjoint of s; sets that of a in `g_ab`."""
+        i = sn.shape[1] // 2
+        factor = g_sn[:, i:] * self._inverse(sn[:, i:])
+        self._parts(g_ab, i)[0].copy_(self._parts(ab, i)[0] * factor.unsqueeze(1))
+        return g_sn[:, :i].contiguous()
+
+    def length_tangent(self, sn: Tensor, ab: Tensor, s_t: Tensor, ab_t: Tensor) -> Tensor:
+        """Tangent of [s | n]."""
+        i = sn.shape[1] // 2
+        dot = (self._parts(ab, i)[0] * self._parts(ab_t, i)[0]).sum(1)
+        return torch.cat([s_t, dot * self._inverse(sn[:, i:])], 1)
+
+    def length_reverse(
+        self, sn: Tensor, ab: Tensor, sn_t: Tensor, ab_t: Tensor, g_sn: Tensor, m_sn: Tensor, m_ab: Tensor
+    ) -> Tensor:
+        """Adjoint of s; sets that of a in `m_ab`."""
+        i = sn.shape[1] // 2
+        inverse = self._inverse(sn[:, i:])
+        g = g_sn[:, i:] * inverse
+        m = m_sn[:, i:] * inverse - g * sn_t[:, i:] * inverse
+        a, a_t = self._parts(ab, i)[0], self._parts(ab_t, i)[0]
+        self._parts(m_ab, i)[0].copy_(m.unsqueeze(1) * a + g.unsqueeze(1) * a_t)
+        return m_sn[:, :i].contiguous()
+
+    def silu_forward(self, x: Tensor) -> Tensor:
+        """silu(x)."""
+        return torch.nn.functional.silu(x)
+
+    def silu_backward(self, x: Tensor, g_out: Tensor) -> Tensor:
+        """silu'(x) g."""
+        return _silu(x)[1] * g_out
+
+    def silu_reverse(self, x: Tensor, x_t: Tensor, g_out: Tensor, m_out: Tensor) -> Tensor:
+        """silu'(x) m + silu''(x) x_t g."""
+        _, slope, bend = _silu(x)
+        return slope * m_out + bend * x_t * g_out
+
+    def gate_forward(self, u: Tensor, ab: Tensor, activate: bool) -> tuple[Tensor, Tensor]:
+        """Scalars (N, O) and vectors (N, 3, O) of the block."""
+        out, gate = u.chunk(2, 1)
+        s = self.silu_forward(out) if activate else out.clone()
+        return s, self._parts(ab, ab.shape[1] - gate.shape[1])[1] * gate.unsqueeze(1)
+
+    def gate_backward(
+        self, u: Tensor, ab: Tensor, g_s: Tensor, g_v: Tensor, activate: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Adjoints of u, and of [a | b] with that of a still open."""
+        out, gate = u.chunk(2, 1)
+        g_ab, i = torch.empty_like(ab), ab.shape[1] - gate.shape[1]
+        self._parts(g_ab, i)[1].copy_(g_v * gate.unsqueeze(1))
+        g_out = self.silu_backward(out, g_s) if activate else g_s
+        return torch.cat([g_out, (g_v * self._parts(ab, i)[1]).sum(1)], 1), g_ab
+
+    def gate_tangent(
+        self, u: Tensor, ab: Tensor, u_t: Tensor, ab_t: Tensor, activate: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Tangents of scalars and vectors of the block."""
+        (out, gate), (out_t, gate_t) = u.chunk(2, 1), u_t.chunk(2, 1)
+        i = ab.shape[1] - gate.shape[1]
+        b, b_t = self._parts(ab, i)[1], self._parts(ab_t, i)[1]
+        s_t = self.silu_backward(out, out_t) if activate else out_t.clone()
+        return s_t, b_t * gate.unsqueeze(1) + b * gate_t.unsqueeze(1)
+
+    def gate_reverse(
+        self, u: Tensor, ab: Tensor, u_t: Tensor, ab_t: Tensor, g_s: Tensor, g_v: Tensor, m_s: Tensor, m_v: Tensor,
+        activate: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Adjoints of u, and of [a | b] with that of a still open."""
+        (out, gate), (out_t, gate_t) = u.chunk(2, 1), u_t.chunk(2, 1)
+        m_ab, i = torch.empty_like(ab), ab.shape[1] - gate.shape[1]
+        b, b_t = self._parts(ab, i)[1], self._parts(ab_t, i)[1]
+        self._parts(m_ab, i)[1].copy_(m_v * gate.unsqueeze(1) + g_v * gate_t.unsqueeze(1))
+        m_out = self.silu_reverse(out, out_t, g_s, m_s) if activate else m_s
+        return torch.cat([m_out, (m_v * b + g_v * b_t).sum(1)], 1), m_ab

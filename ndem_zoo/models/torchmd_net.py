@@ -288,6 +288,12 @@ class _GatedHead(Head):
 
     def both(self, features: Features) -> tuple[Tensor, Tensor]:
         """Scalar (N, 1) and vector (N, 3, 1) output."""
+        if hasattr(features.scalars, "passes"):  # made by the fused plan
+            from ndem_zoo.fused import head
+
+            found = head.run(list(self.output_network), features)
+            if found is not None:
+                return found
         scalars, vectors = features.scalars, features.vectors
         for block in self.output_network:
             scalars, vectors = block(scalars, vectors)
