@@ -1,31 +1,183 @@
-"""Which structures come when, and how they become a `Batch`: from columns of numbers, without an object per structure."""
+"""Which structures come when, and how they become a `Batch`: from columns of numbers, without an object per structure.
+
+`Order` says which structures a step sees, `size_batches` how a prediction is cut up, `Collator` gathers their rows, and
+`load` does so one batch ahead of the device where that pays. What is done with a batch is known to the callers.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
+from torch import Tensor
 
-from ndem_zoo.graph import Batch, make_batch
+from ndem_zoo.errors import ConfigError
+from ndem_zoo.graph import ALL_PAIRS_UP_TO, Batch, make_batch
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
 
+#: Choice: structures whose numbers of atoms differ by less than a factor 2^(1/4) = 1.19 are in one bucket.
+BUCKETS_PER_DOUBLING = 4
 
-def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[Int[np.ndarray, " B"]]:
-    """The index arrays of one epoch: a permutation of n that depends on (seed, epoch) only, cut into batches.
+#: Choice: a batch of predictions has at most about so many atoms and edges; 64 molecules of 21 atoms have 26,880 edges.
+MAX_ATOMS, MAX_EDGES = 4096, 32_768
 
-    Being a function of its arguments, it needs no state to resume; the last batch may be smaller.
+#: Choice: atoms per Å³ where no cell tells: liquid water has 0.10, diamond 0.18.
+TYPICAL_DENSITY = 0.12
+
+#: Sizes of batches whose index tensors a `Collator` keeps: the full one, the last of an epoch, and room to spare.
+_KEPT_SHAPES = 4
+
+
+# ---------------------------------------------------------------------------------------------------------------- order
+
+
+class Order:
+    """Which structures each step of a training sees: every structure once per epoch, in an order drawn from the seed.
+
+    The batches of an epoch depend on (seed, epoch) and the sizes of the structures only, so a resumed run needs no
+    state but its step.
+
+    Parameters
+    ----------
+    counts : (S,)
+        Atoms of each structure.
+    batch_size
+        Largest number of structures in a batch; None for no limit, if there is `max_atoms`.
+    seed
+        Of the shuffling.
+    max_atoms
+        Largest number of atoms in a batch; None for no limit.
+    bucket
+        Whether batches are made of structures of similar size: shuffled within buckets of size, and the batches are
+        shuffled again.
+
+    Raises
+    ------
+    ConfigError
+        If a structure alone exceeds `max_atoms`; names it.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(n)
-    return np.split(order, np.arange(batch_size, n, batch_size))
+
+    def __init__(
+        self,
+        counts: Int[np.ndarray, " S"],
+        batch_size: int | None,
+        seed: int,
+        *,
+        max_atoms: int | None = None,
+        bucket: bool = False,
+    ) -> None:
+        self.counts, self.batch_size, self.seed = np.asarray(counts, dtype=np.int64), batch_size, seed
+        self.max_atoms, self.bucket = max_atoms, bucket
+        if max_atoms is not None and (self.counts > max_atoms).any():
+            index = int(np.flatnonzero(self.counts > max_atoms)[0])
+            raise ConfigError(f"structure {index} has {self.counts[index]} atoms, more than max_atoms={max_atoms}")
+        self.batches = functools.lru_cache(maxsize=2)(self._batches)  # an epoch, and the one that is begun ahead of it
+
+    def _batches(self, epoch: int) -> list[Int[np.ndarray, " B"]]:
+        """Structures of each batch of an epoch; the last batch may be smaller."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.counts))
+        if self.bucket:
+            sizes = np.floor(BUCKETS_PER_DOUBLING * np.log2(np.maximum(self.counts, 1)))
+            order = order[np.argsort(sizes[order], kind="stable")]
+        batches = _cut(order, self.batch_size, [(self.counts, self.max_atoms)])
+        return [batches[i] for i in rng.permutation(len(batches))] if self.bucket else batches
+
+    def length(self, epoch: int) -> int:
+        """Number of batches of an epoch; only with `max_atoms` do epochs differ."""
+        return len(self.batches(epoch)) if self.max_atoms is not None else math.ceil(len(self.counts) / self.batch_size)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Epoch to which a step belongs, and its place in it; both from 0."""
+        if self.max_atoms is None:
+            return divmod(step, self.length(0))
+        epoch = 0
+        while step >= (length := self.length(epoch)):
+            step, epoch = step - length, epoch + 1
+        return epoch, step
+
+    def after(self, step: int) -> Iterator[Int[np.ndarray, " B"]]:
+        """The batches of this step and of all that follow, without end."""
+        epoch, position = self.locate(step)
+        while True:
+            yield from self.batches(epoch)[position:]
+            epoch, position = epoch + 1, 0
+
+
+def _cut(
+    order: Int[np.ndarray, " S"], batch_size: int | None, limits: Sequence[tuple[np.ndarray, int | None]]
+) -> list[Int[np.ndarray, " B"]]:
+    """Cut `order` into pieces as long as possible, with no more than `batch_size` members each.
+
+    `limits` are pairs (weight of each structure, largest sum of weights in a piece); what is heavier alone is alone.
+    """
+    sums = [(np.cumsum(weights[order]), limit) for weights, limit in limits if limit is not None]
+    if not sums:
+        return np.split(order, np.arange(batch_size, len(order), batch_size))
+    pieces, start = [], 0
+    while start < len(order):
+        stop = len(order) if batch_size is None else min(len(order), start + batch_size)
+        for total, limit in sums:
+            before = total[start - 1] if start else 0
+            stop = min(stop, int(np.searchsorted(total, before + limit, side="right")))
+        pieces.append(order[start : max(stop, start + 1)])
+        start += len(pieces[-1])
+    return pieces
+
+
+def size_batches(
+    dataset: MolecularDataset, batch_size: int, cutoff: float, members: int = 1
+) -> list[Int[np.ndarray, " B"]]:
+    """All structures, largest first, in batches that a prediction has the memory for.
+
+    Parameters
+    ----------
+    dataset
+        Structures.
+    batch_size
+        Largest number of structures in a batch; `MAX_ATOMS` and `MAX_EDGES` limit it further.
+    cutoff
+        Radius of the edges in Å.
+    members
+        Number of models that predict at once, which share the memory.
+    """
+    counts = dataset.counts
+    order = np.argsort(-counts, kind="stable")  # structures of one size stay in the dataset's order
+    limits = [(counts, MAX_ATOMS // members), (expected_edges(dataset, cutoff), MAX_EDGES // members)]
+    return _cut(order, batch_size, limits)
+
+
+def expected_edges(dataset: MolecularDataset, cutoff: float) -> np.ndarray:
+    """About how many edges each structure has (S,), from its size and density."""
+    counts = dataset.counts.astype(np.float64)
+    density = np.full(len(counts), TYPICAL_DENSITY)
+    periodic = np.zeros(len(counts), dtype=bool)
+    if dataset.is_periodic:
+        periodic = dataset.pbc.any(axis=1)
+        volume = np.abs(np.linalg.det(dataset.cell))
+        filled = dataset.pbc.all(axis=1) & (volume > 0)
+        density[filled] = counts[filled] / volume[filled]
+    neighbors = density * (4 / 3) * math.pi * cutoff**3
+    others = counts - 1  # without images, nobody has more neighbors
+    neighbors = np.where(periodic, neighbors, np.minimum(neighbors, others))
+    return counts * np.where(~periodic & (counts <= ALL_PAIRS_UP_TO), others, neighbors)
 
 
 def step_seed(seed: int, step: int) -> int:
     """A 64-bit seed for the randomness of one step, from (seed, step): the resumed run draws what the first one did."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+# --------------------------------------------------------------------------------------------------------------- batches
 
 
 def atom_indices(ptr: Int[np.ndarray, " S1"], indices: Int[np.ndarray, " B"]) -> tuple[np.ndarray, np.ndarray]:
@@ -36,6 +188,95 @@ def atom_indices(ptr: Int[np.ndarray, " S1"], indices: Int[np.ndarray, " B"]) ->
     return np.arange(counts.sum()) + offsets, counts
 
 
+class Collator:
+    """Makes batches of a dataset's structures.
+
+    Where all structures have the same elements in the same order, are free and get all their pairs as edges (MD17),
+    everything but positions and labels is the same in every batch of a size: it is made once, on the device, and shared
+    by all of them as the same tensors. A batch is then a gather of the rest.
+
+    Parameters
+    ----------
+    dataset
+        Columns to gather from.
+    cutoff
+        Radius in Å up to which edges must be complete.
+    dtype
+        Of the geometry; labels stay float64.
+    device
+        Where batches go.
+    with_targets
+        False leaves the labels out.
+    """
+
+    def __init__(
+        self,
+        dataset: MolecularDataset,
+        cutoff: float,
+        dtype: torch.dtype = torch.float32,
+        *,
+        device: torch.device | str = "cpu",
+        with_targets: bool = True,
+    ) -> None:
+        self.dataset, self.cutoff, self.dtype, self.device = dataset, cutoff, dtype, torch.device(device)
+        self.targets = _numbers(dataset.targets) if with_targets else {}
+        self.extras = _numbers(dataset.extras)
+        self._size = _common_size(dataset)  # 0: batches have nothing in common
+        self._known: dict[int, Batch] = {}
+
+    def __call__(self, indices: Int[np.ndarray, " B"]) -> Batch:
+        """The structures `indices` as one batch, in this order; it is not waited for the copy to a GPU."""
+        indices = np.asarray(indices, dtype=np.int64)
+        known = self._known.get(len(indices))
+        if known is None:
+            return self._assemble(indices)
+        atoms = (indices[:, None] * self._size + np.arange(self._size)).reshape(-1)
+        return known.replace(
+            pos=self._move(torch.from_numpy(_rows(self.dataset.pos, atoms)).to(self.dtype)),
+            targets=self._gather(self.targets, indices, atoms),
+            extras=self._gather(self.extras, indices, atoms),
+        )
+
+    def _assemble(self, indices: Int[np.ndarray, " B"]) -> Batch:
+        """A batch from nothing; kept, if others of its size share its tensors."""
+        dataset = self.dataset
+        atoms, counts = atom_indices(dataset.ptr, indices)
+        batch = make_batch(
+            dataset.z[atoms],
+            dataset.pos[atoms],
+            counts,
+            self.cutoff,
+            cell=None if dataset.cell is None else dataset.cell[indices],
+            pbc=None if dataset.pbc is None else dataset.pbc[indices],
+            fixed=None if dataset.fixed is None else dataset.fixed[atoms],
+            dtype=self.dtype,
+        )
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()
+        batch = batch.to(self.device)
+        if self._size:
+            if len(self._known) == _KEPT_SHAPES:
+                self._known.pop(next(iter(self._known)))
+            self._known[len(indices)] = batch
+        return batch.replace(
+            targets=self._gather(self.targets, indices, atoms), extras=self._gather(self.extras, indices, atoms)
+        )
+
+    def _gather(self, columns: dict[str, np.ndarray], indices: np.ndarray, atoms: np.ndarray) -> dict[str, Tensor]:
+        """Rows of columns per atom or per structure, on the device."""
+        per_atom = self.dataset.per_atom
+        return {
+            name: self._move(torch.from_numpy(_rows(column, atoms if name in per_atom else indices)))
+            for name, column in columns.items()
+        }
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        """To the device; without waiting, from page-locked memory."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+
 def collate(
     dataset: MolecularDataset,
     indices: Int[np.ndarray, " B"],
@@ -43,37 +284,76 @@ def collate(
     dtype: torch.dtype = torch.float32,
     with_targets: bool = True,
 ) -> Batch:
-    """The structures `indices` of a dataset as one `Batch` on the CPU.
+    """The structures `indices` of a dataset as one `Batch` on the CPU; for more than one batch see `Collator`."""
+    return Collator(dataset, cutoff, dtype, with_targets=with_targets)(indices)
+
+
+def _numbers(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Columns that can be tensors: no names, no tags."""
+    return {name: column for name, column in columns.items() if column.dtype.kind in "biuf"}
+
+
+def _rows(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """These rows of a column, in memory of their own."""
+    return np.asarray(column.take(rows, axis=0))
+
+
+def _common_size(dataset: MolecularDataset) -> int:
+    """Atoms of each structure, if all have the same elements in the same order, are free, and have few atoms; else 0."""
+    size = int(dataset.ptr[1]) if len(dataset) else 0
+    if not 0 < size <= ALL_PAIRS_UP_TO or dataset.is_periodic or dataset.fixed is not None:
+        return 0
+    if (dataset.counts != size).any() or (dataset.z.reshape(-1, size) != dataset.z[:size]).any():
+        return 0
+    return size
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(collate: Collator, order: Iterable[np.ndarray], ahead: bool | None = None) -> Iterator[Batch]:
+    """The batches of `order`, one after the other.
 
     Parameters
     ----------
-    dataset
-        Columns to gather from.
-    indices : (B,)
-        Structures, in the order wanted.
-    cutoff
-        Radius in Å up to which edges must be complete.
-    dtype
-        Of the geometry; labels stay float64.
-    with_targets
-        False leaves the labels out.
+    collate
+        Makes them.
+    order
+        Structures of each batch.
+    ahead
+        Whether a thread of its own makes the next batch (on a GPU: and copies it, on a stream of its own) while this one
+        is being used; default: on a GPU only, since a CPU that computes has no time to spare. Batches and their order
+        are the same. The thread ends with the iterator: close it. What goes wrong in the thread is raised here when the
+        batch is due.
     """
-    indices = np.asarray(indices, dtype=np.int64)
-    atoms, counts = atom_indices(dataset.ptr, indices)
+    is_cuda = collate.device.type == "cuda"
+    if not (is_cuda if ahead is None else ahead):
+        yield from map(collate, order)
+        return
+    stream = torch.cuda.Stream(collate.device) if is_cuda else None
 
-    def rows(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        numbers = {name: column for name, column in columns.items() if column.dtype.kind in "biuf"}  # no names, no tags
-        return {name: column[atoms if name in dataset.per_atom else indices] for name, column in numbers.items()}
+    def make(indices: np.ndarray) -> tuple[Batch, Any]:
+        """In the thread: a batch, and the event after which it is there."""
+        with torch.cuda.stream(stream) if is_cuda else contextlib.nullcontext():
+            return collate(indices), stream.record_event() if is_cuda else None
 
-    return make_batch(
-        dataset.z[atoms],
-        dataset.pos[atoms],
-        counts,
-        cutoff,
-        cell=None if dataset.cell is None else dataset.cell[indices],
-        pbc=None if dataset.pbc is None else dataset.pbc[indices],
-        fixed=None if dataset.fixed is None else dataset.fixed[atoms],
-        targets=rows(dataset.targets) if with_targets else None,
-        extras=rows(dataset.extras),
-        dtype=dtype,
-    )
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ndem_zoo-batches")
+    try:
+        following = None
+        for indices in order:
+            current, following = following, pool.submit(make, indices)
+            if current is not None:
+                yield _arrived(*current.result())
+        if following is not None:
+            yield _arrived(*following.result())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _arrived(batch: Batch, event: Any) -> Batch:
+    """A batch that the current stream may use; the CPU does not wait."""
+    if event is not None:
+        stream = torch.cuda.current_stream(batch.pos.device)
+        stream.wait_event(event)
+        batch.record_stream(stream)
+    return batch
