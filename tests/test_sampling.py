@@ -203,13 +203,13 @@ def test_a_structure_that_is_too_large_is_named():
 @pytest.mark.parametrize("max_atoms", [None, 100])
 def test_steps_are_found_again(max_atoms):
     order = Order(SIZES, 8, seed=4, max_atoms=max_atoms)
-    straight = list(itertools.islice(order.after(0), 90))
+    straight = list(itertools.islice(order.after(0), 150))
     lengths = [order.length(epoch) for epoch in range(3)]
     assert max_atoms is None or len(set(lengths)) > 1, "the test must see epochs of different length"
     expected = [(epoch, position) for epoch in range(3) for position in range(lengths[epoch])]
     for step in (0, lengths[0] - 1, lengths[0], lengths[0] + lengths[1], sum(lengths[:2]) + 1):
         assert order.locate(step) == expected[step]
-        follow = itertools.islice(order.after(step), 90 - step)
+        follow = itertools.islice(order.after(step), 150 - step)
         assert all(np.array_equal(a, b) for a, b in zip(follow, straight[step:], strict=True))
 
 
