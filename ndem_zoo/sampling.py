@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -219,28 +220,41 @@ class Collator:
         with_targets: bool = True,
     ) -> None:
         self.dataset, self.cutoff, self.dtype, self.device = dataset, cutoff, dtype, torch.device(device)
-        self.targets = _numbers(dataset.targets) if with_targets else {}
-        self.extras = _numbers(dataset.extras)
         self._size = _common_size(dataset)  # 0: batches have nothing in common
+        self._pos = self._column(dataset.pos, True)
+        columns = {"targets": dataset.targets if with_targets else {}, "extras": dataset.extras}
+        self._labels = {
+            kind: {name: self._column(value, name in dataset.per_atom) for name, value in _numbers(values).items()}
+            for kind, values in columns.items()
+        }
         self._known: dict[int, Batch] = {}
 
     def __call__(self, indices: Int[np.ndarray, " B"]) -> Batch:
         """The structures `indices` as one batch, in this order; it is not waited for the copy to a GPU."""
         indices = np.asarray(indices, dtype=np.int64)
         known = self._known.get(len(indices))
-        if known is None:
-            return self._assemble(indices)
-        atoms = (indices[:, None] * self._size + np.arange(self._size)).reshape(-1)
-        return known.replace(
-            pos=self._move(torch.from_numpy(_rows(self.dataset.pos, atoms)).to(self.dtype)),
-            targets=self._gather(self.targets, indices, atoms),
-            extras=self._gather(self.extras, indices, atoms),
-        )
+        if known is not None:
+            structures = torch.from_numpy(indices)
+            pos = self._rows(self._pos, True, structures, structures).to(self.dtype)
+            return known.replace(pos=self._move(pos), **self._gather(structures, structures))
+        atoms, counts = atom_indices(self.dataset.ptr, indices)
+        batch = self._assemble(indices, atoms, counts)
+        if self._size:
+            if len(self._known) == _KEPT_SHAPES:
+                self._known.pop(next(iter(self._known)))
+            self._known[len(indices)] = batch
+        return batch.replace(**self._gather(torch.from_numpy(indices), torch.from_numpy(atoms)))
 
-    def _assemble(self, indices: Int[np.ndarray, " B"]) -> Batch:
-        """A batch from nothing; kept, if others of its size share its tensors."""
+    def _column(self, column: np.ndarray, is_per_atom: bool) -> Tensor:
+        """A column as a tensor that shares its memory, with a row for each structure where their sizes are equal."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writ")  # nobody writes into it
+            tensor = torch.from_numpy(np.asarray(column))
+        return tensor.view(-1, self._size, *tensor.shape[1:]) if self._size and is_per_atom else tensor
+
+    def _assemble(self, indices: np.ndarray, atoms: np.ndarray, counts: np.ndarray) -> Batch:
+        """A batch from nothing, without labels."""
         dataset = self.dataset
-        atoms, counts = atom_indices(dataset.ptr, indices)
         batch = make_batch(
             dataset.z[atoms],
             dataset.pos[atoms],
@@ -251,30 +265,28 @@ class Collator:
             fixed=None if dataset.fixed is None else dataset.fixed[atoms],
             dtype=self.dtype,
         )
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        batch = batch.to(self.device)
-        if self._size:
-            if len(self._known) == _KEPT_SHAPES:
-                self._known.pop(next(iter(self._known)))
-            self._known[len(indices)] = batch
-        return batch.replace(
-            targets=self._gather(self.targets, indices, atoms), extras=self._gather(self.extras, indices, atoms)
-        )
+        return (batch.pin_memory() if self.device.type == "cuda" else batch).to(self.device)
 
-    def _gather(self, columns: dict[str, np.ndarray], indices: np.ndarray, atoms: np.ndarray) -> dict[str, Tensor]:
-        """Rows of columns per atom or per structure, on the device."""
+    def _gather(self, structures: Tensor, atoms: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Labels and extras on the device."""
         per_atom = self.dataset.per_atom
         return {
-            name: self._move(torch.from_numpy(_rows(column, atoms if name in per_atom else indices)))
-            for name, column in columns.items()
+            kind: {
+                name: self._move(self._rows(column, name in per_atom, structures, atoms))
+                for name, column in columns.items()
+            }
+            for kind, columns in self._labels.items()
         }
+
+    def _rows(self, column: Tensor, is_per_atom: bool, structures: Tensor, atoms: Tensor) -> Tensor:
+        """Rows of a column for these structures, or their atoms."""
+        if is_per_atom and self._size:
+            return column.index_select(0, structures).flatten(0, 1)
+        return column.index_select(0, atoms if is_per_atom else structures)
 
     def _move(self, tensor: Tensor) -> Tensor:
         """To the device; without waiting, from page-locked memory."""
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
 def collate(
@@ -293,19 +305,16 @@ def _numbers(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: column for name, column in columns.items() if column.dtype.kind in "biuf"}
 
 
-def _rows(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """These rows of a column, in memory of their own."""
-    return np.asarray(column.take(rows, axis=0))
-
-
 def _common_size(dataset: MolecularDataset) -> int:
     """Atoms of each structure, if all have the same elements in the same order, are free, and have few atoms; else 0."""
     size = int(dataset.ptr[1]) if len(dataset) else 0
+    columns = [dataset.pos, *dataset.targets.values(), *dataset.extras.values()]
     if not 0 < size <= ALL_PAIRS_UP_TO or dataset.is_periodic or dataset.fixed is not None:
         return 0
-    if (dataset.counts != size).any() or (dataset.z.reshape(-1, size) != dataset.z[:size]).any():
+    if not all(column.flags.c_contiguous for column in columns):  # to see its structures as blocks, it would be copied
         return 0
-    return size
+    is_same = (dataset.counts == size).all() and (dataset.z.reshape(-1, size) == dataset.z[:size]).all()
+    return size if is_same else 0
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
