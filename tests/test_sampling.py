@@ -319,6 +319,24 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_the_batch_is_due(ethanol)
     assert not threads()
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_batches_arrive_whole(ethanol):
+    """The copy is on another stream: what uses a batch must come after it, and its memory must not be taken away."""
+    order = [np.arange(i, i + 500) for i in range(0, 1500, 100)]
+    expected = [Collator(ethanol, 5.0)(indices) for indices in order]
+    for ahead in (False, True):
+        collator = Collator(ethanol, 5.0, device="cuda")
+        found = []
+        for batch in load(collator, order, ahead=ahead):
+            assert batch.pos.is_cuda
+            torch.cuda._sleep(10_000_000)  # the GPU is behind: the next batch is copied long before this one is read
+            found.append(batch.replace(pos=batch.pos.clone()))
+        for a, b in zip(found, expected, strict=True):
+            assert_same_batch(a.to("cpu"), b)
+    assert not threads()
+
+
 def test_seeds_of_steps_differ():
     seeds = {step_seed(seed, step) for seed in range(20) for step in range(200)}
     assert len(seeds) == 4000
