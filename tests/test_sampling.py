@@ -127,8 +127,7 @@ def test_batches_that_share_nothing(ethanol, difference):
             item.rattle(0.1, seed=number)
         data = MolecularDataset.from_atoms(atoms)
     collator = Collator(data, 5.0)
-    for first in (0, 1):
-        indices = np.array([first, 2])
+    for indices in (np.array([0, 1]), np.array([1, len(data) - 1])):
         rows, counts = sampling.atom_indices(data.ptr, indices)
         optional = {
             name: None if getattr(data, name) is None else getattr(data, name)[at]

@@ -966,9 +966,9 @@ def seen_by(patch) -> list[tuple[int, int]]:
 
 def test_steps_are_limited_by_atoms(mixed, monkeypatch):
     seen = seen_by(monkeypatch)
-    model = estimator(batch_size=None, max_atoms=30, validate_every=None).fit(mixed, nb_epoch=2)
-    assert max(atoms for _, atoms in seen) <= 30
-    assert max(structures for structures, _ in seen) > 3, "the preset's batch_size does not count then"
+    model = estimator(batch_size=None, max_atoms=70).fit(mixed, nb_epoch=2)
+    assert max(atoms for _, atoms in seen) <= 70
+    assert max(structures for structures, _ in seen) > 8, "the preset's batch_size does not count then"
     assert sum(structures for structures, _ in seen) == 48
     ends = np.flatnonzero(np.cumsum([structures for structures, _ in seen]) % 24 == 0) + 1
     assert [row["step"] for row in model.history_] == ends.tolist() == [ends[0], len(seen)]
@@ -1028,8 +1028,10 @@ def test_ctrl_c_ends_the_thread(train_set, keyboard):
         assert [t for t in threading.enumerate() if t.name.startswith("ndem_zoo-batches")]
         press(2)
 
-    with pytest.raises(KeyboardInterrupt):
+    # The error is kept, and with it the frames of the training: they must not keep the thread.
+    with pytest.raises(KeyboardInterrupt) as error:
         estimator(prefetch=True, validate_every=2).fit(train_set, max_steps=50, callback=prefetching)
+    assert error.tb is not None
     assert not [t for t in threading.enumerate() if t.name.startswith("ndem_zoo-batches")]
 
 
