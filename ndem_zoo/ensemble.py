@@ -1,7 +1,8 @@
-"""Several fitted models of one architecture that predict at once, and how far they differ.
+"""Several fitted models of one architecture that predict together, and how far they differ.
 
 The weights of the members are stacked, and one pass of the common network, mapped over the stack, gives the energies and
-forces of all: on a GPU, as many kernels as for one model. What the spread is worth as an error bar is not judged here.
+forces of all: on a GPU, as many kernels as for one model. On a CPU one after the other is faster, so that is what
+happens there. What the spread is worth as an error bar is not judged here.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from ndem_zoo.datasets.base import as_dataset
+from ndem_zoo.datasets.base import MolecularDataset, as_dataset
 from ndem_zoo.datasets.checks import check_structures
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch
+from ndem_zoo.inference import predict_columns
 from ndem_zoo.models.estimator import NDeMModel, check_known_elements, torch_device
 from ndem_zoo.sampling import Collator, atom_indices, load, size_batches
 
@@ -36,6 +38,10 @@ class Ensemble:
         energies; their weights and scales are their own.
     device
         Where to compute; default: the first model's.
+    stacked
+        Whether all members go through one pass, with the backbone's eager plan; else one after the other, each with its
+        own. Default: on a GPU only. Choice: on a CPU core, four members of the preset ``md17_fast`` took 1.5 times less
+        for one ethanol and 1.6 times more for 64, since so many numbers leave the caches. The results are the same.
 
     Raises
     ------
@@ -49,27 +55,35 @@ class Ensemble:
     The weights are copied: what is done to a model later does not change the ensemble.
     """
 
-    def __init__(self, models: Iterable[NDeMModel | str | os.PathLike], *, device: str | None = None) -> None:
+    def __init__(
+        self,
+        models: Iterable[NDeMModel | str | os.PathLike],
+        *,
+        device: str | None = None,
+        stacked: bool | None = None,
+    ) -> None:
         members = [model if isinstance(model, NDeMModel) else NDeMModel.load(model) for model in models]
         if len(members) < 2:
             raise ConfigError(f"an ensemble of {len(members)} models; it needs two or more")
-        potentials = [model._fitted() for model in members]
+        potentials = [copy.deepcopy(model._fitted()) for model in members]
         for number, model in enumerate(members):
             _check_alike(members[0], model, number)
         first = members[0]
         self.device = torch_device(first.device if device is None else device)
         self.reference_ = dict(first.reference_)
         self.eval_batch_size: int = first.resolved_["settings"]["eval_batch_size"]
-        self.size = len(members)
-        # The network with the weights left open; calls replace those that it has.
-        self._network = copy.deepcopy(potentials[0]).to(self.device).eval()
-        if hasattr(self._network.backbone, "plan"):
-            self._network.backbone.plan = "eager"  # a fused plan cannot be mapped over a stack of weights
-        parameters, buffers = stack_module_state([copy.deepcopy(p).to(self.device).eval() for p in potentials])
-        self._state = {name: value.detach() for name, value in {**parameters, **buffers}.items()}
+        self._size = len(members)
+        self.stacked = self.device.type == "cuda" if stacked is None else stacked
+        self._potentials = [potential.to(self.device).eval() for potential in potentials]
+        if self.stacked:
+            parameters, buffers = stack_module_state(self._potentials)
+            self._state = {name: value.detach() for name, value in {**parameters, **buffers}.items()}
+            self._network, self._potentials = self._potentials[0], []  # calls replace the weights that it has
+            if hasattr(self._network.backbone, "plan"):
+                self._network.backbone.plan = "eager"  # a fused plan cannot be mapped over a stack of weights
 
     def __len__(self) -> int:
-        return self.size
+        return self._size
 
     def predict(self, dataset: Any) -> dict[str, np.ndarray]:
         """Mean and standard deviation over the members.
@@ -101,11 +115,18 @@ class Ensemble:
         structures = as_dataset(dataset)
         check_structures(structures)
         check_known_elements(structures.z, structures.ptr, self.reference_)
+        if self.stacked:
+            return self._predict_stacked(structures)
+        found = [predict_columns(potential, structures, self.eval_batch_size) for potential in self._potentials]
+        return {name: np.stack([columns[name] for columns in found]) for name in found[0]}
+
+    def _predict_stacked(self, structures: MolecularDataset) -> dict[str, np.ndarray]:
+        """See `predict_members`."""
         network, cutoff = self._network, self._network.backbone.cutoff
-        columns = {"energy": np.empty((self.size, len(structures)))}
+        columns = {"energy": np.empty((self._size, len(structures)))}
         if network.force_mode != "none":
-            columns["forces"] = np.empty((self.size, len(structures.z), 3))
-        order = size_batches(structures, self.eval_batch_size, cutoff, self.size)
+            columns["forces"] = np.empty((self._size, len(structures.z), 3))
+        order = size_batches(structures, self.eval_batch_size, cutoff, self._size)
         dtype = next(network.parameters()).dtype
         collate = Collator(structures, cutoff, dtype, device=self.device, with_targets=False)
         with torch.no_grad(), contextlib.closing(load(collate, order)) as batches:

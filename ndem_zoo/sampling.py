@@ -149,12 +149,12 @@ def size_batches(
     cutoff
         Radius of the edges in Å.
     members
-        Number of models that predict at once, which share the memory.
+        Number of models that predict at once, which share all limits.
     """
     counts = dataset.counts
     order = np.argsort(-counts, kind="stable")  # structures of one size stay in the dataset's order
     limits = [(counts, MAX_ATOMS // members), (expected_edges(dataset, cutoff), MAX_EDGES // members)]
-    return _cut(order, batch_size, limits)
+    return _cut(order, max(1, batch_size // members), limits)
 
 
 def expected_edges(dataset: MolecularDataset, cutoff: float) -> np.ndarray:
@@ -247,6 +247,8 @@ class Collator:
 
     def _column(self, column: np.ndarray, is_per_atom: bool) -> Tensor:
         """A column as a tensor that shares its memory, with a row for each structure where their sizes are equal."""
+        if min(column.strides, default=0) < 0:  # torch has no strides that go backwards
+            column = np.ascontiguousarray(column)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writ")  # nobody writes into it
             tensor = torch.from_numpy(np.asarray(column))

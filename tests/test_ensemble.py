@@ -8,6 +8,7 @@ import pytest
 from ndem_zoo import Ensemble, NDeMTorchMDNet
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import ConfigError, DataError, NotFittedError
+from ndem_zoo.models.potential import Potential
 
 TINY = {"hidden_channels": 8, "num_layers": 2, "num_heads": 2, "num_rbf": 4}
 REFERENCE = {"H": -13.6, "C": -1030.0, "O": -2042.0}
@@ -43,11 +44,12 @@ def loop(models, dataset) -> dict[str, np.ndarray]:
     return columns
 
 
+@pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("forces", ["gradient", "direct", "none"])
-def test_the_members_at_once_are_the_members_one_by_one(ethanol, mixed, members, forces):
+def test_the_members_at_once_are_the_members_one_by_one(ethanol, mixed, members, forces, stacked):
     if forces != "gradient":
         members = [fitted(ethanol[:8], seed=seed, forces=forces) for seed in range(3)]
-    expected, ensemble = loop(members, mixed), Ensemble(members)
+    expected, ensemble = loop(members, mixed), Ensemble(members, stacked=stacked)
     together, prediction = ensemble.predict_members(mixed), ensemble.predict(mixed)
     assert len(ensemble) == 3
     assert set(together) == set(expected) == ({"energy"} if forces == "none" else {"energy", "forces"})
@@ -62,21 +64,47 @@ def test_the_members_at_once_are_the_members_one_by_one(ethanol, mixed, members,
 
 def test_single_precision(ethanol):
     models = [fitted(ethanol[:8], seed=seed, precision="32-true") for seed in range(2)]
-    expected, found = loop(models, ethanol[:5]), Ensemble(models).predict_members(ethanol[:5])
+    expected, found = loop(models, ethanol[:5]), Ensemble(models, stacked=True).predict_members(ethanol[:5])
     assert np.abs(found["energy"] - expected["energy"]).max() < 1e-5, "total energies are not rounded to float32"
     np.testing.assert_allclose(found["forces"], expected["forces"], rtol=0, atol=1e-5)
 
 
-def test_saved_models_and_later_changes(ethanol, members, tmp_path):
+@pytest.mark.parametrize("stacked", [True, False])
+def test_saved_models_and_later_changes(ethanol, members, tmp_path, stacked):
     for number, model in enumerate(members):
         model.save(tmp_path / str(number))
     loaded = [NDeMTorchMDNet.load(tmp_path / str(number)) for number in range(3)]
     expected = loop(members, ethanol[:3])
-    ensembles = Ensemble(loaded), Ensemble([tmp_path / "0", str(tmp_path / "1"), loaded[2]])
+    mixture = [tmp_path / "0", str(tmp_path / "1"), loaded[2]]
+    ensembles = [Ensemble(models, stacked=stacked) for models in (loaded, mixture)]
     loaded[0].partial_fit(ethanol[:8], max_steps=2)
     for ensemble in ensembles:
         np.testing.assert_allclose(ensemble.predict_members(ethanol[:3])["energy"], expected["energy"], atol=1e-10)
     assert all(model.potential_.training is False for model in members)
+
+
+def test_all_members_in_one_pass(ethanol, members, monkeypatch):
+    """The network runs once for a batch, on a GPU by default; on a CPU the members come one after the other."""
+    passes = []
+    forward = Potential.forward
+    monkeypatch.setattr(
+        Potential, "forward", lambda self, batch, **o: (passes.append(batch.n_systems), forward(self, batch, **o))[1]
+    )
+    for stacked, expected in ((True, [4]), (None, [4, 4, 4])):
+        passes.clear()
+        Ensemble(members, device="cpu", stacked=stacked).predict(ethanol[:4])
+        assert passes == expected
+
+
+def test_a_stacked_ensemble_takes_the_eager_plan(ethanol, members):
+    """Of its own copy: the model keeps its plan."""
+    backbone = members[0].potential_.backbone
+    before = getattr(backbone, "plan", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "plan", "fused" if before is None else before, raising=False)
+        ensemble = Ensemble(members, stacked=True)
+        assert ensemble._network.backbone.plan == "eager"
+        assert backbone.plan == ("fused" if before is None else before)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,17 @@ def test_columns_on_disk_are_gathered_from_there(ethanol, tmp_path):
     assert np.array_equal(file, ethanol.pos)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("layout", ["backwards", "fortran"])
+def test_columns_of_any_layout(ethanol, layout):
+    frames = ethanol[:6]
+    pos = frames.pos[::-1] if layout == "backwards" else np.asfortranarray(frames.pos)
+    data = MolecularDataset(**frames.columns() | {"pos": pos})
+    collator = Collator(data, 5.0)
+    for order in ([3, 1], [0, 4]):
+        assert_same_batch(collator(np.array(order)), assembled(data, order))
+
+
 # ---------------------------------------------------------------------------------------------------------------- order
 
 SIZES = np.random.default_rng(0).integers(3, 40, 200)
