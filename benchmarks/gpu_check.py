@@ -119,7 +119,7 @@ def step_times(
                 begin = time.perf_counter()
                 if device.type == "cuda" and i == 2:
                     torch.cuda.set_sync_debug_mode("error")
-                run.one_step(indices)
+                run.one_step(run.collate(indices))
                 if device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
                     torch.cuda.synchronize()

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from ndem_zoo.datasets.extxyz import load_extxyz
     from ndem_zoo.datasets.md17 import load_md17
     from ndem_zoo.datasets.sample import load_sample
+    from ndem_zoo.ensemble import Ensemble
     from ndem_zoo.featurizers.radius import RadiusGraph
     from ndem_zoo.models.estimator import NDeMModel
     from ndem_zoo.models.torchmd_net import NDeMTorchMDNet, TorchMDNet
 
 _HOME = {
+    "Ensemble": "ensemble",
     "MolecularDataset": "datasets.base",
     "NDeMCalculator": "calculator",
     "NDeMModel": "models.estimator",

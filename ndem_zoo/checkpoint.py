@@ -7,7 +7,6 @@ is not there. Reading never executes code. What the tensors mean is known to the
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -184,15 +183,6 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], like: Mapping[str, Any]) 
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = tensor
     return {"state": state, "param_groups": like["param_groups"]}
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _beside(path: Path, suffix: str) -> Path:

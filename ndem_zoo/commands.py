@@ -16,6 +16,7 @@ import typer
 
 from ndem_zoo import registry
 from ndem_zoo._version import __version__
+from ndem_zoo.errors import ConfigError
 
 _EPILOG = (
     "Exit codes: 0 done, 1 unexpected error, 2 wrong usage or setting, 3 bad data, 130 interrupted. "
@@ -137,7 +138,8 @@ def train(
     keywords |= {"precision": precision, "progress": not quiet}
     estimator = runs.make_model(model, keywords, settings or ())
     sizes = {"n_train": n_train, "n_valid": n_valid, "n_test": n_test, "split": split, "seed": seed}
-    splits = runs.open_splits(data, valid, **sizes, **_reading(data_dir, no_download, energy_key, forces_key))
+    reading = runs.Reading(data_dir, not no_download, energy_key, forces_key)
+    splits = runs.open_splits(data, valid, reading, **sizes)
     parts = ", ".join(f"{len(part)} for {name}" for name, part in splits.parts().items())
     print(f"data: {splits.train.name}, {parts}", file=sys.stderr)
     record = runs.train_run(
@@ -182,8 +184,8 @@ def evaluate(
     from ndem_zoo import runs
     from ndem_zoo.checkpoint import save_json
 
-    options = _reading(data_dir, no_download, energy_key, forces_key)
-    record = runs.evaluate_run(model, data, part=part, device=device, **options)
+    reading = runs.Reading(data_dir, not no_download, energy_key, forces_key)
+    record = runs.evaluate_run(model, data, reading, part=part, device=device)
     used = record["data"]
     _print_metrics(f"{used['n_structures']} structures ({used['part']}) of {data}", record["metrics"])
     if json is not None:
@@ -205,7 +207,7 @@ def predict(
     """
     from ndem_zoo import runs
 
-    n = runs.predict_run(model, data, out, device=device, **_reading(data_dir, no_download, None, None))
+    n = runs.predict_run(model, data, out, runs.Reading(data_dir, not no_download), device=device)
     print(f"{n} structures with energies (eV) and forces (eV/Å) in {out}")
 
 
@@ -239,7 +241,7 @@ def md(
     from ndem_zoo.checkpoint import save_json
     from ndem_zoo.dynamics import run_md
 
-    atoms = runs.read_start(start, **_reading(data_dir, no_download, None, None))
+    atoms = runs.read_start(start, runs.Reading(data_dir, not no_download))
     calculator = NDeMCalculator(runs.load_model(model), device=device, precision=precision)
     record = run_md(
         atoms,
@@ -263,6 +265,53 @@ def md(
         )
     if json is not None:
         save_json(json, summary)
+
+
+@app.command()
+def bench(
+    data: Annotated[str, typer.Argument(help=f"Data: {_SOURCES}.", metavar="[SOURCE]")] = "sample:ethanol",
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a run, or of a saved model; default: a new one.", metavar="DIR")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Recipe of a new model.")] = None,
+    objective: Annotated[str | None, typer.Option(help="Of a new model.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting of a new model; may be repeated.", metavar="KEY=VALUE"),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Structures per step and per batch of predictions; default: the model's.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of a round.")] = 20,
+    rounds: Annotated[int, typer.Option(help="Rounds, of which the medians are shown.")] = 9,
+    json: Json = None,
+    device: Device = None,
+    data_dir: DataDir = None,
+    no_download: NoDownload = False,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+) -> None:
+    """Measure the speed of training and prediction on your data and machine.
+
+    With the share of time of each stage, and the peak memory.
+    """
+    from ndem_zoo import runs
+    from ndem_zoo.benchmark import benchmark
+    from ndem_zoo.checkpoint import save_json
+
+    keywords = {"preset": preset, "objective": objective}
+    if model is None:
+        estimator = runs.make_model("NDeMTorchMDNet", keywords | {"device": device, "progress": False}, settings or ())
+    else:
+        given = [f"--{name}" for name, value in keywords.items() if value is not None] + ["--set"] * bool(settings)
+        if given:
+            raise ConfigError(f"--model and {given[0]} exclude each other: a saved model has its settings")
+        estimator = runs.load_model(model, device)
+    dataset = runs.open_whole(data, runs.Reading(data_dir, not no_download, energy_key, forces_key))
+    record = benchmark(estimator, dataset, batch_size=batch_size, steps=steps, rounds=rounds)
+    _print_benchmark(record)
+    if json is not None:
+        save_json(json, record)
 
 
 @app.command()
@@ -299,16 +348,29 @@ def info(
         print(f"{name:12} {', '.join(table)}")
 
 
-def _reading(
-    data_dir: Path | None, no_download: bool, energy_key: str | None, forces_key: str | None
-) -> dict[str, Any]:
-    """Options of loaders; None for those that were not given, which not every loader has."""
-    return {
-        "data_dir": data_dir,
-        "download": False if no_download else None,
-        "energy_key": energy_key,
-        "forces_key": forces_key,
-    }
+def _print_benchmark(record: Mapping[str, Any]) -> None:
+    """What was measured, and how fast it was."""
+    model, data, machine = record["model"], record["data"], record["environment"]
+    plan = "" if model["plan"] is None else f", plan {model['plan']}"
+    print(
+        f"{model['name']} ({model['n_parameters']:,} parameters, objective {model['objective']}, "
+        f"{model['precision']}{plan}) on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
+    )
+    print(f"{data['name'] or 'data'}: {data['n_structures']} structures, on average {data['mean_atoms']:.1f} atoms")
+    for name in ("training", "inference"):
+        found = record[name]
+        if found is None:
+            print(f"{name}: not measured, the data lack the labels for it")
+            continue
+        low, high = found["steps_per_s_quartiles"]
+        size = "" if found["batch_size"] is None else f", batch size {found['batch_size']}"
+        print(
+            f"{name}{size}: {found['steps_per_s']:.4g} steps/s (quartiles {low:.4g} to {high:.4g}), "
+            f"{found['structures_per_s']:.4g} structures/s, peak memory {found['peak_memory_MB']:.0f} MB"
+        )
+        titles = {"forward": "forward and forces"}
+        shares = [f"{titles.get(k, k)} {100 * share:.1f} %" for k, share in found["share"].items() if share]
+        print(f"  {', '.join(shares)}")
 
 
 def _print_metrics(title: str, metrics: Mapping[str, float]) -> None:

@@ -7,7 +7,6 @@ device. This is the only module that knows the field names of a `DGLGraph` and h
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import math
@@ -97,6 +96,16 @@ class Batch:
             extras={name: move(value) for name, value in self.extras.items()},
         )
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors, labels included."""
+        fields = (self.z, self.pos, self.src, self.dst, self.shift, self.system, self.cell, self.fixed)
+        return [*fields, *self.targets.values(), *self.extras.values()]
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of a batch that was made on another CUDA stream until `stream` is done with it, too."""
+        for tensor in self.tensors():
+            tensor.record_stream(stream)
+
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory, from which a GPU copies without waiting."""
         tensors = ("z", "pos", "src", "dst", "shift", "system", "cell", "fixed")
@@ -141,24 +150,15 @@ def sum_by_index(values: Tensor, index: Int[Tensor, " E"], size: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- edges
 
 
-@functools.lru_cache(maxsize=256)
-def _pairs_of(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """All ordered pairs of n atoms without self-pairs, sorted by center: (src, dst)."""
-    dst, src = np.divmod(np.arange(n * n), n)
-    keep = src != dst
-    return src[keep], dst[keep]
-
-
 def all_pairs(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """All ordered pairs within structures of `counts` atoms: (src, dst), each (E,) int64, sorted by center."""
-    counts = np.asarray(counts)
+    counts = np.asarray(counts, dtype=np.int64)
     starts = np.cumsum(counts) - counts
-    if len(counts) and (counts == counts[0]).all():
-        src, dst = _pairs_of(int(counts[0]))
-        return (src + starts[:, None]).reshape(-1), (dst + starts[:, None]).reshape(-1)
-    pairs = [_pairs_of(int(n)) for n in counts]
-    offsets = np.repeat(starts, [len(src) for src, _ in pairs])
-    return (np.concatenate([src for src, _ in pairs]) + offsets, np.concatenate([dst for _, dst in pairs]) + offsets)
+    degree = np.repeat(counts - 1, counts)  # (N,), edges of each center
+    dst = np.repeat(np.arange(len(degree)), degree)
+    # The edges of a center count up from the first atom of its structure, and leave out the center itself.
+    src = np.arange(len(dst)) + np.repeat(np.repeat(starts, counts) - (np.cumsum(degree) - degree), degree)
+    return src + (src >= dst), dst
 
 
 def neighbor_list(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ndem_zoo.models.potential import Potential
-from ndem_zoo.sampling import collate
+from ndem_zoo.sampling import Collator, atom_indices, load, size_batches
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
@@ -26,7 +27,8 @@ def predict_columns(
     dataset
         Structures.
     batch_size
-        Structures per batch.
+        Largest number of structures in a batch. Structures of similar size go together, the largest first, with limits
+        on atoms and edges (`sampling.size_batches`): one large structure among many small ones goes alone.
     need_forces
         False skips the forces.
 
@@ -36,21 +38,22 @@ def predict_columns(
         ``"energy"`` (S,) in eV and, if the potential has them, ``"forces"`` (A, 3) in eV/Å; both float64.
     """
     parameter = next(potential.parameters())
+    cutoff = potential.backbone.cutoff
+    columns = {"energy": np.empty(len(dataset))}
+    if potential.force_mode != "none" and need_forces:
+        columns["forces"] = np.empty((len(dataset.z), 3))
+    order = size_batches(dataset, batch_size, cutoff)
+    collate = Collator(dataset, cutoff, parameter.dtype, device=parameter.device, with_targets=False)
     was_training = potential.training
     potential.eval()
-    energies, forces = [np.zeros(0)], [np.zeros((0, 3))]
     try:
-        with torch.no_grad():
-            for start in range(0, len(dataset), batch_size):
-                indices = np.arange(start, min(start + batch_size, len(dataset)))
-                batch = collate(dataset, indices, potential.backbone.cutoff, parameter.dtype, with_targets=False)
-                prediction = potential(batch.to(parameter.device), need_forces=need_forces)
-                energies.append(prediction.energy.double().cpu().numpy())
+        with torch.no_grad(), contextlib.closing(load(collate, order)) as batches:
+            for indices, batch in zip(order, batches, strict=True):
+                prediction = potential(batch, need_forces=need_forces)
+                columns["energy"][indices] = prediction.energy.double().cpu().numpy()
                 if prediction.forces is not None:
-                    forces.append(prediction.forces.double().cpu().numpy())
+                    atoms, _ = atom_indices(dataset.ptr, indices)
+                    columns["forces"][atoms] = prediction.forces.double().cpu().numpy()
     finally:
         potential.train(was_training)
-    columns = {"energy": np.concatenate(energies)}
-    if potential.force_mode != "none" and need_forces:
-        columns["forces"] = np.concatenate(forces)
     return columns

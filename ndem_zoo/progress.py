@@ -15,16 +15,12 @@ class Progress:
 
     Parameters
     ----------
-    total_steps
-        Steps that it will take; None if it is not known.
-    max_time
-        Seconds that it may take; None for no limit.
     enabled
         False shows nothing.
     """
 
-    def __init__(self, total_steps: int | None, max_time: float | None, enabled: bool = True) -> None:
-        self._total_steps, self._max_time, self._enabled = total_steps, max_time, enabled
+    def __init__(self, enabled: bool = True) -> None:
+        self._enabled = enabled
         self._next, self._errors, self._bar, self._task = 0.0, "", None, None
 
     def __enter__(self) -> Progress:
@@ -45,8 +41,8 @@ class Progress:
         errors = [f"{label} {row[name] * factor:.1f} {unit}" for name, label, factor, unit in shown if name in row]
         self._errors = "valid MAE " + ", ".join(errors) if errors else f"train loss {row['train_loss']:.4g}"
 
-    def advance(self, step: int, seconds: float) -> None:
-        """A step is done; shown when the last refresh is long enough ago."""
+    def advance(self, step: int, seconds: float, done: float) -> None:
+        """A step is done, and the fraction `done` of all; shown when the last refresh is long enough ago."""
         now = time.monotonic()
         if not self._enabled or now < self._next:
             return
@@ -55,14 +51,9 @@ class Progress:
             return
         rate = f"step {step}, {step / max(seconds, 1e-9):.1f} steps/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done(step, seconds), rate=rate, errors=self._errors)
+            self._bar.update(self._task, completed=done, rate=rate, errors=self._errors)
         else:
-            print(f"{100 * self._done(step, seconds):5.1f} %  {rate}  {self._errors}", file=sys.stderr, flush=True)
-
-    def _done(self, step: int, seconds: float) -> float:
-        by_step = step / self._total_steps if self._total_steps else 0.0
-        by_time = seconds / self._max_time if self._max_time else 0.0
-        return min(1.0, max(by_step, by_time))
+            print(f"{100 * done:5.1f} %  {rate}  {self._errors}", file=sys.stderr, flush=True)
 
 
 def _rich_bar() -> Any:

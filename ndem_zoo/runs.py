@@ -82,7 +82,38 @@ class Splits:
         return head | named
 
 
-def open_splits(source: str, valid_source: str | None = None, *, seed: int = 1, **options: Any) -> Splits:
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How data are found and read, whatever their source: the options of loaders that are not about splitting.
+
+    Attributes
+    ----------
+    data_dir
+        Folder with (or for) the files of a dataset with a name.
+    download
+        False: never touch the network.
+    energy_key, forces_key
+        Names of the labels in an extended XYZ file.
+    """
+
+    data_dir: str | os.PathLike | None = None
+    download: bool = True
+    energy_key: str | None = None
+    forces_key: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Those that are not at their defaults: not every loader has every one."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+
+#: Everything as the loader does it.
+AS_IT_IS = Reading()
+
+
+def open_splits(
+    source: str, valid_source: str | None = None, reading: Reading = AS_IT_IS, *, seed: int = 1, **sizes: Any
+) -> Splits:
     """Training, validation and test data from a source.
 
     Parameters
@@ -92,11 +123,12 @@ def open_splits(source: str, valid_source: str | None = None, *, seed: int = 1, 
         `registry.DATASETS`; or the path of an extended XYZ file.
     valid_source
         Another source, all of which is for validation; then all of `source` is for training unless `n_train` is given.
+    reading
+        Where files are, and how they are read.
     seed
         Of the split.
-    **options
-        `n_train`, `n_valid`, `n_test`, `data_dir`, `download`, `energy_key`, ...: what the loader takes. Options that
-        are None do not count.
+    **sizes
+        `n_train`, `n_valid`, `n_test`, `split`: what the loader takes. Those that are None do not count.
 
     Raises
     ------
@@ -105,36 +137,35 @@ def open_splits(source: str, valid_source: str | None = None, *, seed: int = 1, 
     DataError, FileFormatError, FileNotFoundError
         If the data cannot be used.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in sizes.items() if value is not None}
     if valid_source is not None:
         if "n_valid" in given:
             raise ConfigError("n_valid and a source of validation data exclude each other: all of the latter is used")
         given = {"n_train": 1.0, "n_test": 0} | given | {"n_valid": 0}
-    train, valid, test = _load(source, seed=seed, **given)
+    train, valid, test = _load(source, reading, seed=seed, **given)
     if valid_source is not None:
-        shared = {name: value for name, value in given.items() if name not in ("n_train", "n_valid", "n_test")}
-        valid = open_whole(valid_source, **shared)
+        valid = open_whole(valid_source, reading)
     if "n_test" not in given and len(test) > MAX_TEST:
         test = test.select(range(MAX_TEST))
     return Splits(source, train, valid if len(valid) else None, test if len(test) else None, seed, valid_source)
 
 
-def open_whole(source: str, **options: Any) -> MolecularDataset:
+def open_whole(source: str, reading: Reading = AS_IT_IS) -> MolecularDataset:
     """All structures of a source, in the order of its file; see `open_splits`."""
     from ndem_zoo.datasets.base import split_indices
     from ndem_zoo.datasets.md17 import TooManyFramesWarning
 
-    given = {name: value for name, value in options.items() if value is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TooManyFramesWarning)  # nobody trains on them
-        shuffled, _, _ = _load(source, **(given | {"n_train": 1.0, "n_valid": 0, "n_test": 0, "seed": 0}))
+        shuffled, _, _ = _load(source, reading, n_train=1.0, n_valid=0, n_test=0, seed=0)
     # Loaders shuffle, all in the same way.
     order, _, _ = split_indices(len(shuffled), 1.0, 0, 0, 0)
     return shuffled.select(np.argsort(order))
 
 
-def _load(source: str, **options: Any) -> tuple[MolecularDataset, MolecularDataset, MolecularDataset]:
+def _load(source: str, reading: Reading, **options: Any) -> tuple[MolecularDataset, MolecularDataset, MolecularDataset]:
     """Call the loader of a source."""
+    options |= reading.options()
     name, argument, fixed = _loader_of(source)
     loader = registry.lookup(registry.DATASETS, name, "kind of data")
     known = inspect.signature(loader).parameters
@@ -429,7 +460,12 @@ def environment(model: NDeMModel | None = None) -> dict[str, Any]:
 
 
 def evaluate_run(
-    path: str | os.PathLike, source: str, *, part: str = "auto", device: str | None = None, **options: Any
+    path: str | os.PathLike,
+    source: str,
+    reading: Reading = AS_IT_IS,
+    *,
+    part: str = "auto",
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Errors of a saved model.
 
@@ -439,20 +475,20 @@ def evaluate_run(
         Folder of a run or of a model.
     source
         Labeled data; see `open_splits`.
+    reading
+        Where files are, and how they are read.
     part
         ``"all"`` structures of the source, or the ``"train"``, ``"valid"`` or ``"test"`` ones that the run's
         ``split.json`` names; ``"auto"`` takes the test part when the source is the one that the run was trained on.
     device
         Where to compute.
-    **options
-        Of the loader.
 
     Returns
     -------
     record : dict
         ``"metrics"`` and ``"units"``; which data they are for.
     """
-    dataset, part = _part_of(path, source, part, options)
+    dataset, part = _part_of(path, source, reading, part)
     model = load_model(path, device)
     begin = time.perf_counter()
     metrics = model.evaluate(dataset)
@@ -466,12 +502,12 @@ def evaluate_run(
     }
 
 
-def _part_of(path: str | os.PathLike, source: str, part: str, options: dict[str, Any]) -> tuple[MolecularDataset, str]:
+def _part_of(path: str | os.PathLike, source: str, reading: Reading, part: str) -> tuple[MolecularDataset, str]:
     """The structures to judge a model by."""
     allowed = ("auto", "all", *PARTS)
     if part not in allowed:
         raise ConfigError(f"part={part!r}; allowed are {', '.join(allowed)}")
-    whole = open_whole(source, **options)
+    whole = open_whole(source, reading)
     rows = _rows_of_split(model_folder(path), whole)
     if part == "auto":
         part = "test" if "test" in rows else "all"
@@ -506,7 +542,12 @@ def fingerprint(dataset: MolecularDataset) -> str:
 
 
 def predict_run(
-    path: str | os.PathLike, source: str, out: str | os.PathLike, *, device: str | None = None, **options: Any
+    path: str | os.PathLike,
+    source: str,
+    out: str | os.PathLike,
+    reading: Reading = AS_IT_IS,
+    *,
+    device: str | None = None,
 ) -> int:
     """Predict, and write the structures with their predictions as extended XYZ.
 
@@ -521,10 +562,10 @@ def predict_run(
         Structures; labels are not needed. See `open_splits`.
     out
         File to write; replaced as a whole.
+    reading
+        Where the files of a dataset with a name are.
     device
         Where to compute.
-    **options
-        Of the loader, for a dataset with a name.
 
     Returns
     -------
@@ -539,7 +580,7 @@ def predict_run(
     if file is not None:
         frames = read_frames(file)
     else:
-        whole = open_whole(source, **options)
+        whole = open_whole(source, reading)
         frames = [whole.atoms(i) for i in range(len(whole))]
     bare = [Atoms(numbers=a.numbers, positions=a.positions, cell=a.cell, pbc=a.pbc) for a in frames]
     predicted = load_model(path, device).predict(bare)
@@ -550,7 +591,7 @@ def predict_run(
     return len(frames)
 
 
-def read_start(source: str, **options: Any) -> Atoms:
+def read_start(source: str, reading: Reading = AS_IT_IS) -> Atoms:
     """A structure to begin with: the first (or ``FILE@N``: the one with number N) of a file, or of a data source.
 
     Raises
@@ -559,7 +600,7 @@ def read_start(source: str, **options: Any) -> Atoms:
         If there is no such file, or ASE cannot read it.
     """
     if file_of(source) is None:
-        return open_whole(source, **options).atoms(0)
+        return open_whole(source, reading).atoms(0)
     from ase.io import read
 
     path, at, number = source.rpartition("@")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ndem_zoo import checkpoint as files
+from ndem_zoo.datasets.files import file_digest
 from ndem_zoo.errors import ConfigError, FileFormatError, TrainingError
 from ndem_zoo.graph import Batch
 from ndem_zoo.history import History, HistoryLog
@@ -35,7 +36,7 @@ from ndem_zoo.metrics import error_metrics
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative
 from ndem_zoo.progress import Progress
-from ndem_zoo.sampling import collate, epoch_batches, step_seed
+from ndem_zoo.sampling import Collator, Order, load, step_seed
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
@@ -57,9 +58,17 @@ class TrainSettings:
     Attributes
     ----------
     batch_size
-        Structures per step.
+        Structures per step; with `max_atoms` the largest number of them, or None.
     eval_batch_size
-        Structures per batch of validation and prediction.
+        Largest number of structures in a batch of validation and prediction; see `inference.predict_columns`.
+    max_atoms
+        Largest number of atoms per step, for structures of many sizes: a step takes as many structures as fit. None for
+        no limit.
+    bucket
+        Whether the structures of a step are of similar size: they are shuffled within buckets of size, and so are the
+        batches. The order of the data is then less random.
+    prefetch
+        Whether a thread makes the next batch during a step; None: on a GPU only. The results are the same.
     lr
         Learning rate after warm-up.
     weight_decay
@@ -95,8 +104,11 @@ class TrainSettings:
         For a value that is not allowed, or if nothing ends the training.
     """
 
-    batch_size: int = 8
+    batch_size: int | None = 8
     eval_batch_size: int = 64
+    max_atoms: int | None = None
+    bucket: bool = False
+    prefetch: bool | None = None
     lr: float = 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 0
@@ -122,11 +134,15 @@ class TrainSettings:
         check_choice("precision", self.precision, Precision)
         for name in ("weight_decay", "min_lr", "lr"):
             check_not_negative(name, getattr(self, name))
-        for name in ("batch_size", "eval_batch_size"):
-            check_whole(name, getattr(self, name), 1)
+        check_whole("eval_batch_size", self.eval_batch_size, 1)
+        if self.batch_size is not None or self.max_atoms is None:
+            check_whole("batch_size", self.batch_size, 1)
+        check_switch("bucket", self.bucket)
+        if self.prefetch is not None:
+            check_switch("prefetch", self.prefetch)
         for name in ("warmup_steps", "plateau_patience", "seed"):
             check_whole(name, getattr(self, name), 0)
-        for name in ("nb_epoch", "max_steps", "early_stopping", "validate_every"):
+        for name in ("nb_epoch", "max_steps", "early_stopping", "validate_every", "max_atoms"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
         for name in ("max_time", "clip_norm"):
@@ -139,6 +155,10 @@ class TrainSettings:
             raise ConfigError(f"ema_decay={self.ema_decay!r}; it must lie between 0 (no average) and 1")
         if self.nb_epoch is None and self.max_steps is None and self.max_time is None:
             raise ConfigError("nothing ends the training: give nb_epoch, max_steps or max_time")
+
+
+#: What a setting was in a checkpoint from before it existed.
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
 
 
 class TrainStep(nn.Module):
@@ -210,8 +230,11 @@ class Run:
         self.ema = WeightAverage(potential, settings.ema_decay) if settings.ema_decay else None
         self.rng = torch.Generator(device=device)
         self.state, self.sums, self.best = State(), {}, None
-        self.steps_per_epoch = math.ceil(len(train_set) / settings.batch_size)
-        self.total_steps = _total_steps(settings, self.steps_per_epoch)
+        self.order = Order(
+            train_set.counts, settings.batch_size, settings.seed, max_atoms=settings.max_atoms, bucket=settings.bucket
+        )
+        self.epoch, self.position = 0, 0  # of the step to come: passes that are done, and steps of the present one
+        self.collate = Collator(train_set, potential.backbone.cutoff, self.dtype, device=device)
 
     @property
     def evaluated(self) -> Potential:
@@ -219,11 +242,20 @@ class Run:
         return self.potential if self.ema is None else self.ema.module
 
     @property
+    def epochs(self) -> float:
+        """Passes over the data, the present one in part."""
+        return self.epoch + self.position / self.order.length(self.epoch)
+
+    @property
     def progress(self) -> float:
         """Fraction of the training that is done."""
-        by_time = self.state.seconds / self.settings.max_time if self.settings.max_time else 0.0
-        by_step = self.state.step / self.total_steps if self.total_steps else 0.0
-        return min(1.0, max(by_time, by_step))
+        settings, state = self.settings, self.state
+        limits = (
+            (state.seconds, settings.max_time),
+            (state.step, settings.max_steps),
+            (self.epochs, settings.nb_epoch),
+        )
+        return min(1.0, max(done / limit for done, limit in limits if limit is not None))
 
     def learning_rate(self) -> float:
         """Of the step to come."""
@@ -235,30 +267,45 @@ class Run:
             lr = max(settings.min_lr, lr * state.plateau_scale)
         return lr * min(1.0, (state.step + 1) / settings.warmup_steps) if settings.warmup_steps else lr
 
-    def one_step(self, indices: Any) -> None:
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the steps to come, without end; to be closed."""
+        return load(self.collate, self.order.after(self.state.step), self.settings.prefetch)
+
+    def one_step(self, batch: Batch) -> None:
         """Forward, backward, update; nothing here waits for a GPU."""
-        state = self.state
-        batch = collate(self.train_set, indices, self.potential.backbone.cutoff, self.dtype)
-        if self.fabric.device.type == "cuda":
-            batch = batch.pin_memory().to(self.fabric.device)
-        self.rng.manual_seed(step_seed(self.settings.seed, state.step))
-        self.objective.progress = self.progress
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.zero_grad()
-        terms = self.module(StepInputs(batch, self.rng))
+        terms = self.forward(batch)
         loss = sum(terms.values())
-        self.fabric.backward(loss)
-        if self.settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update_parameters(self.potential)
+        self.backward(loss)
+        self.update()
         for name, term in {"loss": loss, **terms}.items():
             # float64: the sum of an epoch must not depend on where a resumed run began to add
             self.sums[name] = self.sums.get(name, 0.0) + term.detach().double()
-        state.step += 1
-        state.summed_steps += 1
+        self.state.step += 1
+        self.state.summed_steps += 1
+        self.position += 1
+        if self.position == self.order.length(self.epoch):
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms of a batch, with the randomness of this step."""
+        self.rng.manual_seed(step_seed(self.settings.seed, self.state.step))
+        self.objective.progress = self.progress
+        return self.module(StepInputs(batch, self.rng))
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradient of the loss."""
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+
+    def update(self) -> None:
+        """New weights, and their average."""
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.potential)
 
     def validate(self) -> dict[str, float]:
         """Finish a row of the history: average the training terms, look at the validation data, keep the best.
@@ -269,7 +316,7 @@ class Run:
             If a term, a weight or an error on the validation data is not finite.
         """
         state = self.state
-        row = {"epoch": state.step / self.steps_per_epoch, "step": state.step, "seconds": state.seconds}
+        row = {"epoch": self.epochs, "step": state.step, "seconds": state.seconds}
         row["lr"] = self.learning_rate()
         row |= {f"train_{name}": float(total) / state.summed_steps for name, total in self.sums.items()}
         self.check_finite(row)
@@ -312,14 +359,16 @@ class Run:
         """Whether one of the limits is reached."""
         settings, state = self.settings, self.state
         return (
-            (self.total_steps is not None and state.step >= self.total_steps)
+            (settings.nb_epoch is not None and self.epoch >= settings.nb_epoch)
+            or (settings.max_steps is not None and state.step >= settings.max_steps)
             or (settings.max_time is not None and state.seconds >= settings.max_time)
             or (settings.early_stopping is not None and state.waited >= settings.early_stopping)
         )
 
     def is_validation_due(self) -> bool:
         """Whether the step just made ends a validation interval."""
-        return self.state.step % (self.settings.validate_every or self.steps_per_epoch) == 0
+        every = self.settings.validate_every
+        return self.position == 0 if every is None else self.state.step % every == 0
 
     def finish(self) -> None:
         """Leave the best weights in the potential; where nothing was validated, the last."""
@@ -348,7 +397,7 @@ class Run:
             files.save_tensors(folder / "trainer.safetensors", tensors)
             record = {
                 "fingerprint": fingerprint,
-                "sha256": files.sha256(folder / "trainer.safetensors"),
+                "sha256": file_digest(folder / "trainer.safetensors"),
                 "state": _encode(dataclasses.asdict(self.state)),
             }
             files.save_json(folder / "trainer.json", record)
@@ -372,7 +421,7 @@ class Run:
             except (FileFormatError, FileNotFoundError) as error:
                 problems.append(str(error))
                 continue
-            _compare(stored, fingerprint, path)
+            _compare(_DEFAULTS | stored, fingerprint, path)
             self._load(state, tensors)
             return True
         if problems:
@@ -388,6 +437,7 @@ class Run:
 
         device = self.fabric.device
         self.state = state
+        self.epoch, self.position = self.order.locate(state.step)
         self.module.load_state_dict(part("module"))
         self.optimizer.load_state_dict(files.unflatten_optimizer(part("optimizer"), self.optimizer.state_dict()))
         self.sums = {name: value.to(device) for name, value in part("sums").items()}
@@ -484,30 +534,27 @@ def train(
     interrupted = False
     with (
         contextlib.closing(HistoryLog(directory, tensorboard, run.state.history)) as log,
-        Progress(run.total_steps, settings.max_time, enabled=progress) as bar,
+        Progress(enabled=progress) as bar,
         _interruptible() as is_interrupted,
+        contextlib.closing(run.batches()) as batches,
     ):
         potential.train()
         while not (run.is_over() or interrupted):
-            epoch, position = divmod(run.state.step, run.steps_per_epoch)
-            for indices in epoch_batches(len(train_set), settings.batch_size, settings.seed, epoch)[position:]:
-                run.one_step(indices)
-                run.state.seconds = time.monotonic() - begin
-                interrupted = is_interrupted()
-                is_due = run.is_validation_due() or run.is_over()
-                if interrupted and not is_due:
-                    save()  # before a validation that the uninterrupted run would not have made
-                if interrupted or is_due:
-                    row = run.validate()
-                    log.add(row)
-                    bar.validated(row)
-                    if callback is not None:
-                        callback(row)
-                if checkpoint_every and run.state.step % checkpoint_every == 0:
-                    save()
-                bar.advance(run.state.step, run.state.seconds)
-                if interrupted or run.is_over():
-                    break
+            run.one_step(next(batches))
+            run.state.seconds = time.monotonic() - begin
+            interrupted = is_interrupted()
+            is_due = run.is_validation_due() or run.is_over()
+            if interrupted and not is_due:
+                save()  # before a validation that the uninterrupted run would not have made
+            if interrupted or is_due:
+                row = run.validate()
+                log.add(row)
+                bar.validated(row)
+                if callback is not None:
+                    callback(row)
+            if checkpoint_every and run.state.step % checkpoint_every == 0:
+                save()
+            bar.advance(run.state.step, run.state.seconds, run.progress)
         save()
     history = History(run.state.history)
     history.interrupted = interrupted and not run.is_over()
@@ -592,13 +639,6 @@ class WeightAverage(AveragedModel):
         self.n_averaged += 1
 
 
-def _total_steps(settings: TrainSettings, steps_per_epoch: int) -> int | None:
-    """Steps after which training ends, or None if only time ends it."""
-    by_epoch = None if settings.nb_epoch is None else settings.nb_epoch * steps_per_epoch
-    limits = [limit for limit in (by_epoch, settings.max_steps) if limit is not None]
-    return min(limits) if limits else None
-
-
 def _fingerprint(
     settings: TrainSettings,
     objective: Objective,
@@ -641,7 +681,7 @@ def _content_hash(dataset: MolecularDataset) -> str:
 
 def _compare(stored: dict[str, Any], current: dict[str, Any], path: Path, owner: str = "") -> None:
     """Refuse to continue another training than the one that was begun; its limits may be moved."""
-    movable = {"nb_epoch", "max_steps", "max_time", "eval_batch_size", "early_stopping"}
+    movable = {"nb_epoch", "max_steps", "max_time", "eval_batch_size", "early_stopping", "prefetch"}
     for name in [*current, *(name for name in stored if name not in current)]:
         old, new = stored.get(name), current.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
@@ -666,7 +706,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], State, dict[str, Tenso
         stored, digest, state = record["fingerprint"], record["sha256"], State(**_decode(record["state"]))
     except (AttributeError, KeyError, TypeError) as error:
         raise FileFormatError(f"{path / 'trainer.json'} is not the record of a checkpoint: {error!r}") from error
-    if files.sha256(path / "trainer.safetensors") != digest:
+    if file_digest(path / "trainer.safetensors") != digest:
         raise FileFormatError(f"{path / 'trainer.safetensors'} is damaged: its checksum is not the recorded one")
     return stored, state, tensors
 
@@ -675,6 +715,12 @@ def check_whole(name: str, value: Any, least: int) -> None:
     """Raise ConfigError unless `value` is a whole number that is not below `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ConfigError(f"{name}={value!r}; it must be a whole number, {least} or more")
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}; allowed are True and False")
 
 
 def _encode(state: dict[str, Any]) -> dict[str, Any]:

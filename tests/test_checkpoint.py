@@ -257,11 +257,6 @@ def test_json_takes_no_objects(tmp_path):
     assert not (tmp_path / "j.json").exists()
 
 
-def test_the_checksum_is_that_of_the_bytes(tmp_path):
-    (tmp_path / "f").write_bytes(b"abc")  # the example of FIPS 180
-    assert files.sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
 def test_json_is_readable_by_others(tmp_path):
     files.save_json(tmp_path / "j.json", {"a": [1, 2.5, None, "Å"]})
     assert json.loads((tmp_path / "j.json").read_text("utf-8")) == {"a": [1, 2.5, None, "Å"]}

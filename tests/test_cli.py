@@ -406,10 +406,11 @@ def test_options_that_exclude_each_other(frames):
 
 @pytest.mark.filterwarnings("ignore:.*not the official:UserWarning")
 def test_rmd17_prefix_and_official_split(shared_data):
-    splits = runs.open_splits("rmd17:aspirin", n_train=20, n_valid=5, split=1, data_dir=shared_data / "rmd17")
+    reading = runs.Reading(data_dir=shared_data / "rmd17")
+    splits = runs.open_splits("rmd17:aspirin", None, reading, n_train=20, n_valid=5, split=1)
     assert splits.train.name == "rMD17 aspirin"
     rows = np.loadtxt(shared_data / "rmd17" / "splits" / "index_train_01.csv", dtype=int)
-    whole = runs.open_whole("rmd17:aspirin", data_dir=shared_data / "rmd17")
+    whole = runs.open_whole("rmd17:aspirin", reading)
     assert set(splits.train.ids) <= set(whole.ids[rows])
     raw = np.load(shared_data / "rmd17" / "npz_data" / "rmd17_aspirin.npz")
     np.testing.assert_array_equal(whole.pos, raw["coords"].reshape(-1, 3))  # in the order of the file

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 
-from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, read_npz
+from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, file_digest, read_npz
 from ndem_zoo.errors import DataError, DataWarning, FileFormatError
 
 CONTENT = b"official content"
@@ -184,3 +184,8 @@ def test_other_files_are_not_npz(tmp_path):
             read_npz(tmp_path / name, ("R",))
     with pytest.raises(FileNotFoundError):
         read_npz(tmp_path / "none.npz", ("R",))
+
+
+def test_the_checksum_is_that_of_the_bytes(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc")  # the example of FIPS 180
+    assert file_digest(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -37,7 +37,7 @@ def test_the_package_imports_nothing_heavy():
     assert heavy_modules("import ndem_zoo; dir(ndem_zoo); ndem_zoo.__version__") == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["bench", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments):
     pytest.importorskip("typer")
     assert heavy_modules("from ndem_zoo.cli import main; main()", *arguments) == []

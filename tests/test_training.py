@@ -113,7 +113,9 @@ def test_each_part_of_a_run_is_drawn_from_the_seed(train_set):
     assert not set(first) & set(other)
     assert len({row["train_forces"] for each in rows for row in each}) == 1, "labels are learned without noise"
     orders = [
-        np.concatenate(training.epoch_batches(10, 3, seed, epoch)).tolist() for seed in (0, 1) for epoch in (0, 1)
+        np.concatenate(training.Order(np.full(10, 9), 3, seed).batches(epoch)).tolist()
+        for seed in (0, 1)
+        for epoch in (0, 1)
     ]
     assert all(sorted(order) == list(range(10)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
@@ -185,6 +187,10 @@ def test_total_energies_are_not_rounded(train_set):
         ({"batch_size": 0}, "batch_size=0; it must be a whole number, 1 or more"),
         ({"batch_size": 2.5}, r"batch_size=2\.5; it must be a whole number"),
         ({"batch_size": None}, "batch_size=None"),
+        ({"max_atoms": 0}, "max_atoms=0; it must be a whole number, 1 or more"),
+        ({"max_atoms": 9, "batch_size": 0}, "batch_size=0"),
+        ({"bucket": 1}, "bucket=1; allowed are True and False"),
+        ({"prefetch": "yes"}, "prefetch='yes'; allowed are True and False"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"max_steps": 0}, "max_steps=0"),
         ({"max_time": 0.0}, r"max_time=0\.0; it must be a positive number"),
@@ -930,6 +936,103 @@ def test_kill_dash_nine_and_ctrl_c_of_a_process(tmp_path):
     assert_same_end(tmp_path / "interrupted", tmp_path / "straight")
     saved = [files.load_tensors(tmp_path / f"{name}-model" / "weights.safetensors") for name in ("killed", "straight")]
     assert_same_weights(*saved)
+
+
+# ------------------------------------------------------------------------------------------------- sizes and batches
+
+
+@pytest.fixture(scope="module")
+def mixed(ethanol):
+    """Structures of 3 to 9 atoms, cut out of ethanol, with labels of their own."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(3, 10, 24)
+    rows = np.concatenate([9 * i + np.arange(n) for i, n in enumerate(counts)])
+    return type(ethanol)(
+        ethanol.z[rows],
+        ethanol.pos[rows],
+        np.concatenate([[0], np.cumsum(counts)]),
+        targets={"energy": rng.normal(size=24), "forces": rng.normal(size=(len(rows), 3))},
+    )
+
+
+def seen_by(patch) -> list[tuple[int, int]]:
+    """Structures and atoms of each step of a training."""
+    seen, one_step = [], Run.one_step
+    patch.setattr(
+        Run, "one_step", lambda run, batch: (seen.append((batch.n_systems, len(batch.z))), one_step(run, batch))
+    )
+    return seen
+
+
+def test_steps_are_limited_by_atoms(mixed, monkeypatch):
+    seen = seen_by(monkeypatch)
+    model = estimator(batch_size=None, max_atoms=70).fit(mixed, nb_epoch=2)
+    assert max(atoms for _, atoms in seen) <= 70
+    assert max(structures for structures, _ in seen) > 8, "the preset's batch_size does not count then"
+    assert sum(structures for structures, _ in seen) == 48
+    ends = np.flatnonzero(np.cumsum([structures for structures, _ in seen]) % 24 == 0) + 1
+    assert [row["step"] for row in model.history_] == ends.tolist() == [ends[0], len(seen)]
+    assert [row["epoch"] for row in model.history_] == [1, 2]
+
+
+def test_schedules_follow_epochs_of_different_length(mixed, monkeypatch):
+    rates = record_learning_rates(monkeypatch)
+    model = estimator(batch_size=None, max_atoms=20, seed=19, schedule="cosine", lr=1e-3).fit(mixed, nb_epoch=3)
+    steps = np.diff([0] + [int(row["step"]) for row in model.history_])
+    done = np.concatenate([(epoch + np.arange(n) / n) / 3 for epoch, n in enumerate(steps)])
+    assert len(set(steps)) > 1, "the test must see epochs of different length"
+    assert rates == pytest.approx(list(0.5e-3 * (1 + np.cos(np.pi * done))))
+
+
+def test_a_structure_beyond_max_atoms_is_refused_before_anything_is_written(mixed, tmp_path):
+    largest = int(np.flatnonzero(mixed.counts == 9)[0])
+    with pytest.raises(ConfigError, match=f"structure {largest} has 9 atoms, more than max_atoms=8"):
+        estimator(max_atoms=8).fit(mixed, max_steps=1, checkpoint_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("step", [3, 9])
+@pytest.mark.parametrize("prefetch", [None, True])
+def test_resuming_with_buckets_and_atoms_and_a_thread(mixed, tmp_path, step, prefetch):
+    options = {"batch_size": 6, "max_atoms": 30, "bucket": True}
+    straight = estimator(**options).fit(mixed, max_steps=13, checkpoint_dir=tmp_path / "straight")
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, step)
+        with pytest.raises(Crash):
+            estimator(**options, prefetch=prefetch).fit(
+                mixed, max_steps=13, checkpoint_dir=tmp_path / "run", checkpoint_every=1
+            )
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ndem_zoo-batches")]
+    resumed = estimator(**options, prefetch=prefetch).fit(
+        mixed, max_steps=13, checkpoint_dir=tmp_path / "run", resume=True
+    )
+    assert_same_weights(weights(resumed), weights(straight))
+    assert without_seconds(resumed.history_) == without_seconds(straight.history_)
+    with pytest.raises(ConfigError, match="bucket=True, not False"):
+        estimator(**options | {"bucket": False}).fit(mixed, max_steps=14, checkpoint_dir=tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_from_before_a_setting_existed(train_set, tmp_path):
+    estimator().fit(train_set, max_steps=2, checkpoint_dir=tmp_path / "run")
+    path = files.checkpoints(tmp_path / "run")[0] / "trainer.json"
+    record = json.loads(path.read_text())
+    for name in ("max_atoms", "bucket", "prefetch"):
+        del record["fingerprint"][name]
+    path.write_text(json.dumps(record))
+    model = estimator().fit(train_set, max_steps=3, checkpoint_dir=tmp_path / "run", resume=True)
+    assert model.history_[-1]["step"] == 3
+
+
+def test_ctrl_c_ends_the_thread(train_set, keyboard):
+    def prefetching(row):
+        assert [t for t in threading.enumerate() if t.name.startswith("ndem_zoo-batches")]
+        press(2)
+
+    # The error is kept, and with it the frames of the training: they must not keep the thread.
+    with pytest.raises(KeyboardInterrupt) as error:
+        estimator(prefetch=True, validate_every=2).fit(train_set, max_steps=50, callback=prefetching)
+    assert error.tb is not None
+    assert not [t for t in threading.enumerate() if t.name.startswith("ndem_zoo-batches")]
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU

@@ -87,9 +87,11 @@ class NDeMModel(BaseEstimator):
         ``"32-true"`` or ``"64-true"``.
     seed : int
         Of weights, order of the data, and noise.
-    batch_size, eval_batch_size, lr, weight_decay, warmup_steps, schedule, plateau_factor, plateau_patience, min_lr, \
+    batch_size, eval_batch_size, max_atoms, bucket, lr, weight_decay, warmup_steps, schedule, plateau_factor, plateau_patience, min_lr, \
 clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
-        See `ndem_zoo.training.TrainSettings`.
+        See `ndem_zoo.training.TrainSettings`. With `max_atoms` and no `batch_size`, only atoms are counted.
+    prefetch : bool, optional
+        Likewise; None: on a GPU only.
     progress : bool
         Whether `fit` shows progress.
 
@@ -131,6 +133,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         seed: int = 0,
         batch_size: int | None = None,
         eval_batch_size: int | None = None,
+        max_atoms: int | None = None,
+        bucket: bool | None = None,
         lr: float | None = None,
         weight_decay: float | None = None,
         warmup_steps: int | None = None,
@@ -144,6 +148,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         max_steps: int | None = None,
         early_stopping: int | None = None,
         validate_every: int | None = None,
+        prefetch: bool | None = None,
         progress: bool = True,
     ) -> None:
         self.preset = preset
@@ -163,6 +168,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.seed = seed
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
+        self.max_atoms = max_atoms
+        self.bucket = bucket
         self.lr = lr
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
@@ -176,6 +183,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.max_steps = max_steps
         self.early_stopping = early_stopping
         self.validate_every = validate_every
+        self.prefetch = prefetch
         self.progress = progress
 
     # --------------------------------------------------------------------------------------------------- training
@@ -343,7 +351,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         backbone = merged.pop("backbone").get(self.backbone_name, {}) | (self.backbone_options or {})
         options = merged.pop("objectives").get(self.objective, {}) | (self.objective_options or {})
         settings = {name: merged[name] for name in _SETTINGS if name in merged}
-        settings |= {"precision": self.precision, "seed": self.seed}
+        settings |= {"precision": self.precision, "seed": self.seed, "prefetch": self.prefetch}
+        if self.max_atoms is not None and self.batch_size is None:
+            settings["batch_size"] = None
         if self.nb_epoch is not None or self.max_steps is not None:
             settings |= {"nb_epoch": self.nb_epoch, "max_steps": self.max_steps}
         if merged["forces"] == "none" and merged["force_weight"]:
