@@ -66,6 +66,20 @@ class Passes(ABC):
         """Called when adjoints of the inputs are used that include a second derivative; may refuse."""
 
 
+def refuse_second_order(_: Passes) -> None:
+    """For parts whose adjoints of positions are known to first order only.
+
+    Raises
+    ------
+    ConfigError
+        Always.
+    """
+    raise ConfigError(
+        "the fused plan gives no second derivatives by positions; train with loss.backward(inputs=[weights]), or set "
+        "backbone.plan = 'eager' for Hessians"
+    )
+
+
 def run(passes: Passes, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Outputs of a part of the network, connected to its inputs and weights."""
     if not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""The kernels of `kernels.cpp`: compiled on first use, kept for later, called through their C interface.
+"""The passes and kernels of `source/`: compiled on first use, kept for later, called through their C interface.
 
 Installing the package needs no compiler. The first fused pass on a CPU calls the one that is there (CXX, or c++, g++,
 clang++) once, for some 20 seconds, and keeps the library in the user's cache folder under a name that holds a hash of
@@ -27,9 +27,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ndem_zoo.fused.pairs import Layer, Pairs
+from ndem_zoo.fused import autograd
+from ndem_zoo.fused.pairs import Pairs
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("source")
 
 #: No -ffast-math: NaN must pass through, and linking with it changes how the whole process treats tiny numbers.
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w"]
@@ -94,7 +95,8 @@ def build(folder: Path) -> Path:
     if compiler is None:
         raise RuntimeError("there is no C++ compiler (CXX, c++, g++ or clang++)")
     version = _run([compiler, "--version"])
-    identity = "\n".join([SOURCE.read_text(encoding="utf-8"), version, " ".join(FLAGS), _processor()])
+    source = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.iterdir()) if path.suffix in (".h", ".cpp")]
+    identity = "\n".join([*source, version, " ".join(FLAGS), _processor()])
     library = folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
     if library.exists():
         return library
@@ -120,7 +122,7 @@ def _compile(compiler: str, extra: list[str], scratch: Path, result: Path) -> No
     """Compile and link; torch's own OpenMP library, already loaded, serves the threads where its symbols are found."""
     shared = [flag for flag in FLAGS if flag != "-shared"]
     obj = scratch / "kernels.o"
-    _run([compiler, *shared, *extra, "-c", str(SOURCE), "-o", str(obj)])
+    _run([compiler, *shared, *extra, "-c", str(SOURCE / "interface.cpp"), "-o", str(obj)])
     _run([compiler, "-shared", "-fPIC", str(obj), "-o", str(result)])  # without -fopenmp: see above
     try:
         ctypes.CDLL(str(result), mode=os.RTLD_NOW)
@@ -159,11 +161,23 @@ class Library:
         function = self._functions.get((name, dtype))
         if function is None:
             function = getattr(self._library, f"{name}_{'f32' if dtype == torch.float32 else 'f64'}")
-            function.restype = ctypes.c_int64 if name == "find_pairs" else None
+            function.restype = ctypes.c_int64 if name in ("find_pairs", "network_size") else None
             kinds = {float: ctypes.c_double, int: ctypes.c_int64}
             function.argtypes = [kinds.get(type(argument), ctypes.c_void_p) for argument in arguments]
             self._functions[name, dtype] = function
         return function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+
+
+class _Description(ctypes.Structure):
+    """`Description` of network.h."""
+
+    _fields_: ClassVar[list] = [
+        *((name, ctypes.c_int64) for name in ("n", "p", "channels", "heads", "n_rbf", "layers", "has_vec0", "threads")),
+        ("n_ranges", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("pair_ptr", "atom_ptr", "z", "first", "second", "geometry", "rbf")),
+        *((name, ctypes.c_void_p) for name in ("rbf_r", "weights", "values")),
+        ("eps", ctypes.c_double),
+    ]
 
 
 class Workspace:
@@ -172,55 +186,51 @@ class Workspace:
     Fresh memory costs more than filling it: the system hands it out page by page.
     """
 
-    #: Choice: numbers in a block.
-    BLOCK = 1 << 22
+    #: Choice: blocks hold multiples of so many numbers.
+    BLOCK = 1 << 20
     _free: ClassVar[dict[torch.dtype, list[Tensor]]] = {torch.float32: [], torch.float64: []}
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype, self._blocks, self._block, self._used = dtype, [], -1, 0
+        self._dtype, self._blocks, self._used = dtype, [], 0
         weakref.finalize(self, self._free[dtype].extend, self._blocks)
 
     def empty(self, *shape: int) -> Tensor:
-        """A tensor with arbitrary content, valid until this workspace is deleted or goes back before it."""
+        """A tensor with arbitrary content, valid until this workspace is deleted."""
         size = (math.prod(shape) + 15) & ~15
-        while self._block < 0 or self._used + size > self._blocks[self._block].shape[0]:
-            self._next_block(size)
+        if not self._blocks or self._used + size > self._blocks[-1].shape[0]:
+            self._blocks.append(self._block(size))
+            self._used = 0
         strides = [1]
         for length in shape[:0:-1]:
             strides.insert(0, strides[0] * length)
-        tensor = self._blocks[self._block].as_strided(shape, strides, self._used)
+        tensor = self._blocks[-1].as_strided(shape, strides, self._used)
         self._used += size
         return tensor
 
-    def _next_block(self, size: int) -> None:
-        self._block += 1
-        self._used = 0
-        if self._block == len(self._blocks):
-            free = self._free[self._dtype]
-            fitting = next((i for i, block in enumerate(free) if block.shape[0] >= size), None)
-            fresh = torch.empty(max(size, self.BLOCK), dtype=self._dtype) if fitting is None else free.pop(fitting)
-            self._blocks.append(fresh)
-
-    @contextlib.contextmanager
-    def scratch(self) -> Iterator[None]:
-        """What is taken inside is given back at the end."""
-        mark = self._block, self._used
-        try:
-            yield
-        finally:
-            self._block, self._used = mark
+    def _block(self, size: int) -> Tensor:
+        free = self._free[self._dtype]
+        fitting = next((i for i, block in enumerate(free) if block.shape[0] >= size), None)
+        if fitting is not None:
+            return free.pop(fitting)
+        if free:  # too small: replaced, so that memory does not grow with the number of different sizes
+            free.pop()
+        return torch.empty(-(-size // self.BLOCK) * self.BLOCK, dtype=self._dtype)
 
 
 class NativeKernels:
-    """The kernels as methods on CPU tensors, float32 or float64.
+    """Pairs, matrix products and the kernels of heads, as methods on CPU tensors of float32 or float64.
 
-    Same interface as `torch_kernels.TorchKernels`; see `kernels.cpp` for what each one computes. Arguments must be
-    contiguous, of one dtype: the plan takes care of that. Results live in a workspace, as long as this object does.
+    Same interface as that part of `torch_kernels.TorchKernels`. Arguments must be contiguous, of one dtype. Results live
+    in a workspace, as long as this object does.
     """
 
     def __init__(self, library: Library, dtype: torch.dtype) -> None:
         self._library, self._dtype, self._call, self._workspace = library, dtype, library.call, Workspace(dtype)
         self._threads = torch.get_num_threads()
+
+    def call(self, name: str, *arguments: Tensor | float | int | None) -> int:
+        """Call a function in the form for this dtype."""
+        return self._call(name, self._dtype, *arguments)
 
     def like(self) -> NativeKernels:
         """The same kernels with a workspace of their own."""
@@ -232,14 +242,6 @@ class NativeKernels:
 
     def _like(self, tensor: Tensor) -> Tensor:
         return self._workspace.empty(*tensor.shape)
-
-    def zeros(self, *shape: int) -> Tensor:
-        """A tensor of zeros."""
-        return self._workspace.empty(*shape).zero_()
-
-    def scratch(self) -> contextlib.AbstractContextManager[None]:
-        """Results made inside are valid inside only."""
-        return self._workspace.scratch()
 
     def product(
         self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False
@@ -290,179 +292,6 @@ class NativeKernels:
         pairs.rbf_r = self.empty(p, k) if derivative else None
         arguments = (pairs.edge, means, betas, pairs.geometry, pairs.rbf, pairs.rbf_r)
         self._call("radial", pairs.edge.dtype, p, k, float(cutoff), int(vector_cutoff), *arguments)
-
-    def geometry_backward(self, pairs: Pairs, g_change: Tensor) -> Tensor:
-        """Adjoints of the positions (N, 3)."""
-        g_pos = self.empty(pairs.n, 3)
-        arguments = (pairs.first, pairs.second, pairs.geometry, g_change, g_pos)
-        self._call("geometry_backward", g_change.dtype, pairs.n, pairs.p, *arguments)
-        return g_pos
-
-    def geometry_tangent(self, pairs: Pairs, pos_t: Tensor) -> Tensor:
-        """Changes of distances and unit vectors (P, 4)."""
-        change = self.empty(pairs.p, 4)
-        arguments = (pairs.first, pairs.second, pairs.geometry, pos_t, change)
-        self._call("geometry_tangent", pos_t.dtype, pairs.p, *arguments)
-        return change
-
-    # --------------------------------------------------------------------------------------- attention over the pairs
-
-    def _pair(self, name: str, pairs: Pairs, layer: Layer, *arguments: Tensor | None) -> None:
-        sizes = (layer.width, pairs.n, pairs.p, layer.channels, layer.heads, pairs.atom_ptr.shape[0] - 1)
-        ranges = (pairs.pair_ptr, pairs.atom_ptr, pairs.first, pairs.second, pairs.geometry)
-        self._call(name, layer.y.dtype, *sizes, *ranges, *arguments)
-
-    def pair_forward(self, pairs: Pairs, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Sums of messages, scalar (N, C) and vector (N, 3, C); sets the layer's scores."""
-        y, n, c, h = layer.y, pairs.n, layer.channels, layer.heads
-        layer.score, layer.score_self = self.empty(pairs.p, 2 * h), self.empty(n, h)
-        x_out, v_out = self.empty(n, c), self.empty(n, 3, c)
-        arguments = (layer.filter_bias, layer.pre, y, layer.vec, layer.score, layer.score_self, x_out, v_out)
-        self._pair("pair_forward", pairs, layer, *arguments)
-        return x_out, v_out
-
-    def pair_backward(
-        self, pairs: Pairs, layer: Layer, g_x: Tensor, g_v: Tensor, g_vec: Tensor | None, g_change: Tensor | None,
-        filters: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Adjoints of [q | k | v] and, if asked for, of the filters; adds to those of vec and of the geometry."""
-        g_y = self._like(layer.y)
-        g_pre = self._like(layer.pre) if filters else None
-        arguments = (layer.filter_bias, layer.pre, layer.pre_r, layer.y, layer.vec, layer.score, layer.score_self)
-        self._pair("pair_backward", pairs, layer, *arguments, g_x, g_v, g_y, g_vec, g_change, g_pre)
-        return g_y, g_pre
-
-    def pair_tangent(
-        self, pairs: Pairs, layer: Layer, change: Tensor, y_t: Tensor, vec_t: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tangents of both sums, and of the scores of pairs and of the atoms themselves."""
-        score_t, score_self_t = self._like(layer.score), self._like(layer.score_self)
-        x_t, v_t = self.empty(pairs.n, layer.channels), self.empty(pairs.n, 3, layer.channels)
-        values = (layer.filter_bias, layer.pre, layer.pre_r, layer.y, y_t, layer.vec, vec_t)
-        scores = (layer.score, layer.score_self, score_t, score_self_t)
-        self._pair("pair_tangent", pairs, layer, change, *values, *scores, x_t, v_t)
-        return x_t, v_t, score_t, score_self_t
-
-    def pair_reverse(
-        self, pairs: Pairs, layer: Layer, change: Tensor, y_t: Tensor, vec_t: Tensor | None, score_t: Tensor,
-        score_self_t: Tensor, g_x: Tensor, g_v: Tensor, m_x: Tensor, m_v: Tensor, m_vec: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Adjoints of [q | k | v], of the filters and of their derivatives by distance; adds to those of vec."""
-        m_y, m_pre, m_pre_r = (self._like(t) for t in (layer.y, layer.pre, layer.pre_r))
-        values = (layer.filter_bias, layer.pre, layer.pre_r, layer.y, y_t, layer.vec, vec_t)
-        scores = (layer.score, layer.score_self, score_t, score_self_t)
-        self._pair(
-            "pair_reverse", pairs, layer, change, *values, *scores, g_x, g_v, m_x, m_v, m_y, m_vec, m_pre, m_pre_r
-        )
-        return m_y, m_pre, m_pre_r
-
-    # -------------------------------------------------------------------------------------------- neighbor embedding
-
-    def _embed(self, name: str, pairs: Pairs, bias: Tensor, *arguments: Tensor | None) -> None:
-        c = bias.shape[0]
-        self._call(name, bias.dtype, lanes(c), pairs.n, pairs.p, c, pairs.first, pairs.second, pairs.geometry, *arguments)
-
-    def embed_forward(self, pairs: Pairs, bias: Tensor, pre: Tensor, emb: Tensor) -> Tensor:
-        """Sum over neighbors (N, C)."""
-        out = self._like(emb)
-        self._embed("embed_forward", pairs, bias, bias, pre, emb, out)
-        return out
-
-    def embed_backward(
-        self, pairs: Pairs, bias: Tensor, pre: Tensor, pre_r: Tensor | None, emb: Tensor, g_out: Tensor,
-        g_change: Tensor | None, filters: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """Adjoints of the filters and of `emb`, if asked for; adds to those of the geometry."""
-        g_pre, g_emb = (self._like(pre), self._like(emb).zero_()) if filters else (None, None)
-        self._embed("embed_backward", pairs, bias, bias, pre, pre_r, emb, g_out, g_change, g_pre, g_emb)
-        return g_pre, g_emb
-
-    def embed_tangent(
-        self, pairs: Pairs, change: Tensor, bias: Tensor, pre: Tensor, pre_r: Tensor, emb: Tensor
-    ) -> Tensor:
-        """Tangent of the sum (N, C)."""
-        out_t = self._like(emb)
-        self._embed("embed_tangent", pairs, bias, change, bias, pre, pre_r, emb, out_t)
-        return out_t
-
-    def embed_reverse(
-        self, pairs: Pairs, change: Tensor, bias: Tensor, pre: Tensor, pre_r: Tensor, emb: Tensor, g_out: Tensor,
-        m_out: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Adjoints of the filters, of their derivatives by distance, and of `emb`."""
-        m_pre, m_pre_r, m_emb = self._like(pre), self._like(pre_r), self._like(emb).zero_()
-        arguments = (change, bias, pre, pre_r, emb, g_out, m_out, m_pre, m_pre_r, m_emb)
-        self._embed("embed_reverse", pairs, bias, *arguments)
-        return m_pre, m_pre_r, m_emb
-
-    # ---------------------------------------------------------------------------------------------------- atoms
-
-    def _atoms(self, name: str, like: Tensor, *arguments: Tensor | float | None) -> None:
-        n, c = like.shape
-        self._call(name, like.dtype, lanes(c), n, c, *arguments)
-
-    def norm_forward(self, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalized x, 1 / standard deviation, and the result."""
-        unit, inverse, out = self._like(x), self.empty(x.shape[0]), self._like(x)
-        self._atoms("norm_forward", x, float(eps), x, gamma, beta, unit, inverse, out)
-        return unit, inverse, out
-
-    def norm_backward(
-        self, unit: Tensor, inverse: Tensor, gamma: Tensor, g_out: Tensor, g_x: Tensor, parameters: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Adds to the adjoint `g_x`; adjoints of gamma and beta, if asked for."""
-        g_gamma, g_beta = (torch.zeros_like(gamma), torch.zeros_like(gamma)) if parameters else (None, None)
-        self._atoms("norm_backward", unit, unit, inverse, gamma, g_out, g_x, g_gamma, g_beta)
-        return g_gamma, g_beta
-
-    def norm_tangent(self, unit: Tensor, inverse: Tensor, gamma: Tensor, x_t: Tensor) -> Tensor:
-        """Tangent of the result."""
-        out_t = self._like(unit)
-        self._atoms("norm_tangent", unit, unit, inverse, gamma, x_t, out_t)
-        return out_t
-
-    def norm_reverse(
-        self, unit: Tensor, inverse: Tensor, gamma: Tensor, x_t: Tensor, g_out: Tensor, m_out: Tensor, m_x: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Adds to the adjoint `m_x`; adjoints of gamma and beta."""
-        m_gamma, m_beta = torch.zeros_like(gamma), torch.zeros_like(gamma)
-        self._atoms("norm_reverse", unit, unit, inverse, gamma, x_t, g_out, m_out, m_x, m_gamma, m_beta)
-        return m_gamma, m_beta
-
-    def update_forward(
-        self, x: Tensor, vec: Tensor | None, o: Tensor, w: Tensor | None, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Scalars and vectors after the layer."""
-        x_out, vec_out = self._like(x), self._like(v)
-        self._atoms("update_forward", x, x, vec, o, w, v, x_out, vec_out)
-        return x_out, vec_out
-
-    def update_backward(
-        self, o: Tensor, w: Tensor | None, g_x: Tensor, g_vec: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Adjoints of o and w."""
-        g_o, g_w = self._like(o), None if w is None else self._like(w)
-        self._atoms("update_backward", g_x, o, w, g_x, g_vec, g_o, g_w)
-        return g_o, g_w
-
-    def update_tangent(
-        self, x_t: Tensor, vec_t: Tensor | None, o: Tensor, w: Tensor | None, o_t: Tensor, w_t: Tensor | None,
-        v_t: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Tangents of scalars and vectors after the layer."""
-        x_out, vec_out = self._like(x_t), self._like(v_t)
-        self._atoms("update_tangent", x_t, x_t, vec_t, o, w, o_t, w_t, v_t, x_out, vec_out)
-        return x_out, vec_out
-
-    def update_reverse(
-        self, o: Tensor, w: Tensor | None, o_t: Tensor, w_t: Tensor | None, g_x: Tensor, g_vec: Tensor, m_x: Tensor,
-        m_vec: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Adjoints of o and w."""
-        m_o, m_w = self._like(o), None if w is None else self._like(w)
-        self._atoms("update_reverse", g_x, o, w, o_t, w_t, g_x, g_vec, m_x, m_vec, m_o, m_w)
-        return m_o, m_w
-
 
     # ---------------------------------------------------------------------------------------------------------- heads
 
@@ -570,3 +399,80 @@ def _ranges(first: Tensor, system: Tensor, threads: int) -> tuple[Tensor, Tensor
     atom_ptr = torch.cat([ends[0][:1], inner[inner > 0], ends[0][1:]])
     pair_ptr = torch.searchsorted(first.long(), atom_ptr[1:-1])
     return torch.cat([ends[1][:1], pair_ptr, ends[1][1:]]), atom_ptr
+
+
+class NativeBackbone(autograd.Passes):
+    """One evaluation of the network, from (positions, first vectors or None) to (scalars, vectors), in one call a pass.
+
+    The same passes as `plan.BackbonePasses`; see `source/network.h`.
+    """
+
+    def __init__(
+        self, kernels: NativeKernels, pairs: Pairs, z: Tensor, pos: Tensor, weights: list[Tensor], n_layers: int,
+        heads: int, eps: float,
+    ) -> None:  # fmt: skip
+        super().__init__(pos)
+        self.kernels, self._weights, self._n = kernels, weights, pos.shape[0]
+        self._channels = weights[1].shape[0]
+        self._width = lanes(self._channels // heads)
+        self._kept = pairs, z  # whose addresses the description holds
+        self._addresses = _addresses(weights)
+        self._description = _Description(
+            pos.shape[0], pairs.p, self._channels, heads, pairs.rbf.shape[1], n_layers, 0, torch.get_num_threads(),
+            pairs.atom_ptr.shape[0] - 1,
+            *(t.data_ptr() for t in (pairs.pair_ptr, pairs.atom_ptr, z, pairs.first, pairs.second)),
+            *(None if t is None else t.data_ptr() for t in (pairs.geometry, pairs.rbf, pairs.rbf_r)),
+            ctypes.addressof(self._addresses), None, eps,
+        )  # fmt: skip
+
+    def _call(self, name: str, *arguments: Tensor | int | None) -> None:
+        self.kernels.call(name, self._width, ctypes.addressof(self._description), *arguments)
+
+    def _memory(self, kind: int) -> Tensor:
+        size = self.kernels.call("network_size", ctypes.addressof(self._description), kind)
+        return self.kernels.empty(size)
+
+    def forward(self, _: Tensor, vec: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scalars (N, C) and vectors (N, 3, C) of the atoms."""
+        vec = None if vec is None else vec.detach().contiguous()
+        self._description.has_vec0 = int(vec is not None)
+        values = self._memory(0)
+        self._description.values = values.data_ptr()
+        x, out = values.new_empty(self._n, self._channels), values.new_empty(self._n, 3, self._channels)
+        self._call("network_forward", vec, x, out)
+        return x, out
+
+    def backward(self, g_x: Tensor, g_vec: Tensor, *, keep: bool) -> tuple[tuple[Tensor, None], Tensor | None]:
+        """Adjoints of the positions, from those of the features."""
+        adjoints, g_pos = self._memory(1) if keep else None, g_x.new_empty(self._n, 3)
+        self._call("network_backward", g_x, g_vec, adjoints, g_pos)
+        return (g_pos, None), adjoints
+
+    def tangent(self, pos_t: Tensor, _: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Derivatives of the features along a displacement (N, 3) of the atoms."""
+        tangents = self._memory(2)
+        x_t, vec_t = pos_t.new_empty(self._n, self._channels), pos_t.new_empty(self._n, 3, self._channels)
+        self._call("network_tangent", pos_t, tangents, x_t, vec_t)
+        return (x_t, vec_t), tangents
+
+    def gradient(
+        self, m_x: Tensor, m_vec: Tensor, *, second: tuple[Tensor, Tensor] | None, wanted: tuple[bool, ...]
+    ) -> tuple[tuple[Tensor | None, Tensor | None], list[Tensor | None]]:
+        """Adjoints of positions (first order only) and first vectors, and gradients by all weights."""
+        gradients = [torch.empty_like(weight) for weight in self._weights]
+        for embedding in gradients[-8:-6]:
+            embedding.zero_()
+        adjoints, tangents = (None, None) if second is None else second
+        g_pos = m_x.new_empty(self._n, 3) if wanted[0] and second is None else None
+        g_vec0 = torch.empty_like(m_vec) if self._description.has_vec0 else None
+        out = _addresses(gradients)
+        self._call("network_gradient", m_x, m_vec, adjoints, tangents, ctypes.addressof(out), g_pos, g_vec0)
+        if g_vec0 is None:
+            gradients[10] = None  # projections of vectors that are zero
+        return (g_pos, g_vec0), gradients
+
+    check_second_order = autograd.refuse_second_order
+
+
+def _addresses(tensors: list[Tensor]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

@@ -51,8 +51,8 @@ class Layer:
 
     Attributes
     ----------
-    channels, heads, width : int
-        C, H, and how many channels one operation of a native kernel works on.
+    channels, heads : int
+        C and H.
     qkv_weight, qkv_bias : (5C, C), (5C,)
         Projections to [q | k | v]; v by head, then part, then channel.
     filter_weight_t, filter_bias : (K, 4C), (4C,)
@@ -75,7 +75,6 @@ class Layer:
 
     channels: int
     heads: int
-    width: int
     qkv_weight: Tensor
     qkv_bias: Tensor
     filter_weight_t: Tensor

@@ -24,9 +24,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ndem_zoo.errors import ConfigError
 from ndem_zoo.fused import autograd, native
 from ndem_zoo.fused.pairs import Layer, Pairs
 from ndem_zoo.fused.torch_kernels import TorchKernels
@@ -63,8 +62,7 @@ def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Te
         return None
     if torch._C._are_functorch_transforms_active():  # vmap and torch.func see no hand-written derivatives
         return None
-    names = dict(backbone.named_parameters())
-    parameters = [names[name] for name in _parameter_names(len(backbone.attention_layers))]
+    parameters = _parameters(backbone)
     pos = batch.pos
     library = native.library() if pos.device.type == "cpu" else None
     kernels = TorchKernels(pos) if library is None else native.NativeKernels(library, pos.dtype)
@@ -76,10 +74,29 @@ def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Te
     basis = backbone.distance_expansion
     vector_cutoff = backbone.attention_layers[0].vector_cutoff
     kernels.radial(pairs, backbone.cutoff, vector_cutoff, basis.means, basis.betas, needs_forces)
-    passes = BackbonePasses(kernels, pairs, batch.z, pos, {n: p.detach() for n, p in names.items()}, backbone)
+    weights = [parameter.detach() for parameter in parameters]
+    layers = backbone.attention_layers
+    if library is None:
+        passes = BackbonePasses(kernels, pairs, batch.z, pos, weights, backbone)
+    else:
+        sizes = len(layers), layers[0].num_heads, backbone.out_norm.eps
+        passes = native.NativeBackbone(kernels, pairs, batch.z, pos, weights, *sizes)
     scalars, vectors = autograd.run(passes, (pos, vec), parameters)
     scalars.passes = passes  # tells heads that their plan can follow
     return scalars, vectors
+
+
+def _parameters(backbone: TorchMDNet) -> list[Tensor]:
+    """All weights, in the order of `_parameter_names`."""
+
+    def found(module: nn.Module, path: str) -> Tensor:
+        *owners, name = path.split(".")
+        for owner in owners:
+            module = module._modules[owner]
+        return module._parameters[name]
+
+    layers = [found(layer, name) for layer in backbone.attention_layers for name in _LAYER_PARAMETERS]
+    return layers + [found(backbone, name) for name in _OTHER_PARAMETERS]
 
 
 def _parameter_names(n_layers: int) -> list[str]:
@@ -125,15 +142,16 @@ class BackbonePasses(autograd.Passes):
     """One evaluation of the network, from (positions, first vectors or None) to (scalars, vectors)."""
 
     def __init__(
-        self, kernels: native.NativeKernels | TorchKernels, pairs: Pairs, z: Tensor, pos: Tensor,
-        weights: dict[str, Tensor], backbone: TorchMDNet,
+        self, kernels: TorchKernels, pairs: Pairs, z: Tensor, pos: Tensor,
+        weights: list[Tensor], backbone: TorchMDNet,
     ) -> None:  # fmt: skip
         super().__init__(pos)
-        self.kernels, self.pairs, self.z, self.weights = kernels, pairs, z, weights
+        self.names = _parameter_names(len(backbone.attention_layers))
+        self.kernels, self.pairs, self.z = kernels, pairs, z
+        self.weights = dict(zip(self.names, weights, strict=True))
         self.eps = backbone.out_norm.eps
         heads = [layer.num_heads for layer in backbone.attention_layers]
         self.layers = [self._layer(i, heads[i]) for i in range(len(heads))]
-        self.names = _parameter_names(len(self.layers))
 
     def _layer(self, i: int, heads: int) -> Layer:
         weight = {name: self.weights[f"attention_layers.{i}.{name}"] for name in _LAYER_PARAMETERS}
@@ -145,7 +163,6 @@ class BackbonePasses(autograd.Passes):
         return Layer(
             channels=channels,
             heads=heads,
-            width=native.lanes(channels // heads),
             qkv_weight=joined("weight", "q", "k", "v"),
             qkv_bias=joined("bias", "q", "k", "v"),
             filter_weight_t=joined("weight", "dk", "dv").t().contiguous(),
@@ -154,12 +171,7 @@ class BackbonePasses(autograd.Passes):
             vec_weight=weight["vec_proj.weight"],
         )
 
-    def check_second_order(self) -> None:
-        """Adjoints of positions are known to first order only."""
-        raise ConfigError(
-            "the fused plan gives no second derivatives by positions; train with loss.backward(inputs=[weights]), or set "
-            "backbone.plan = 'eager' for Hessians"
-        )
+    check_second_order = autograd.refuse_second_order
 
     def _of_layer(self, i: int, name: str) -> Tensor:
         return self.weights[f"attention_layers.{i}.{name}"]

@@ -1,0 +1,954 @@
+// Messages between pairs of atoms: attention of a layer, neighbor embedding, and the geometry that they are made of.
+//
+// A pair {i, j} is visited once and serves both directions. Suffixes: _t tangent of a value, g_ adjoint in `backward`,
+// m_ adjoint in `reverse`.
+
+#pragma once
+
+#include "product.h"
+
+namespace {
+
+// Contiguous ranges of pairs and atoms that share no atom with one another: whole molecules. One range is one task.
+struct Ranges {
+    int64_t n;
+    const int64_t* pair;  // (n + 1,)
+    const int64_t* atom;  // (n + 1,)
+};
+
+// Geometry of a pair: distance, unit vector from center i to neighbor j, cutoff functions of scalars and vectors.
+template <class T>
+struct Geometry {
+    T r, unit[3], phi, phi_r, vphi, vphi_r;
+};
+// Derivative along a displacement, or adjoints, of distance and unit vector.
+template <class T>
+struct Change {
+    T r, unit[3];
+};
+
+struct Sizes {
+    int64_t n, p, channels, heads;
+    bool has_vec;
+};
+
+// One row of numbers per atom in the layouts of the layer: [q | k | v], v by head, then part, then channel.
+template <class T>
+struct Row {
+    T *q, *k, *v;
+    Row(T* y, int64_t atom, int64_t c) : q(y + atom * 5 * c), k(q + c), v(q + 2 * c) {}
+};
+
+// Filters of pairs: linear in the radial functions of the distance, made anew by every pass for some pairs at a time.
+// Kept in memory, they would be the largest arrays of the network, and fetching them would cost more than making them.
+template <class T>
+struct Filters {
+    int64_t columns, n_rbf, row;  // row: numbers in a row of the weight, see row_size
+    const T *weight_t, *bias;     // (n_rbf, row), (row,)
+    const T *rbf, *rbf_r;         // (P + 1, n_rbf), (P, n_rbf)
+
+    void make(int64_t begin, int64_t n, T* out) const {
+        product_rows<T>({n, padded(columns), n_rbf, rbf + begin * n_rbf, weight_t, bias, n_rbf, 1, row, row, out, false,
+                         true}, 0, n);
+    }
+    void make_r(int64_t begin, int64_t n, T* out) const {
+        product_rows<T>({n, padded(columns), n_rbf, rbf_r + begin * n_rbf, weight_t, nullptr, n_rbf, 1, row, row, out,
+                         false, true}, 0, n);
+    }
+    // Add the gradient of the weight (n_rbf, row), and in one more row of the bias, from adjoints of n filters.
+    void gradient(int64_t begin, int64_t n, const T* g, const T* g_r, T* out) const {
+        product_rows<T>({n_rbf, padded(columns), n, rbf + begin * n_rbf, g, nullptr, 1, n_rbf, row, row, out, true,
+                         true}, 0, n_rbf);
+        if (g_r)
+            product_rows<T>({n_rbf, padded(columns), n, rbf_r + begin * n_rbf, g_r, nullptr, 1, n_rbf, row, row, out,
+                             true, true}, 0, n_rbf);
+        column_sum(n, columns, g, row, true, out + n_rbf * row);
+    }
+    int64_t gradient_size() const { return (n_rbf + 1) * row; }
+};
+
+constexpr int64_t TILE = 48;  // pairs whose filters are made at a time: they stay in the second-level cache
+
+// The sum of the parts that tasks have found; one after the other, so that it does not depend on threads.
+template <class T>
+void add_parts(const std::vector<T>& parts, int64_t size, T* out) {
+    std::memset(out, 0, size * sizeof(T));
+    for (size_t begin = 0; begin < parts.size(); begin += size)
+        for (int64_t c = 0; c < size; ++c) out[c] += parts[begin + c];
+}
+
+template <class T>
+struct Scratch {
+    std::vector<T> data;
+    int64_t used = 0;
+    explicit Scratch(int64_t size) : data(size, T(0)) {}
+    T* take(int64_t size) {
+        T* p = data.data() + used;
+        used += size;
+        return p;
+    }
+};
+
+template <class T, int W, int CC, int HH>
+void pair_forward(const Sizes s, const Ranges ranges, const int32_t* first, const int32_t* second,
+                  const Geometry<T>* geometry, const Filters<T> f, const T* y, const T* vec, T* score, T* score_self,
+                  T* x_out, T* v_out) {
+    typedef Vec<T, W> V;
+    const int64_t C = CC ? CC : s.channels, H = HH ? HH : s.heads, D = C / H, H2 = padded(2 * H);
+    constexpr int L = Number<T>::lanes;
+#pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
+    for (int64_t t = 0; t < ranges.n; ++t) {
+        Scratch<T> scratch(4 * C + 2 * H2 + TILE * f.row);
+        T *tile = scratch.take(TILE * f.row), *d = scratch.take(4 * C), *a = scratch.take(H2), *A = scratch.take(H2);
+        const int64_t a0 = ranges.atom[t], a1 = ranges.atom[t + 1];
+        std::memset(x_out + a0 * C, 0, (a1 - a0) * C * sizeof(T));
+        std::memset(v_out + a0 * 3 * C, 0, (a1 - a0) * 3 * C * sizeof(T));
+        const auto filters = [&](int64_t row) {
+            for (int64_t c = 0; c < 4 * C; c += W) {
+                const V x = load<T, W>(tile + row * f.row + c);
+                store<T, W>(d + c, x * sigmoid<T, W>(x));
+            }
+        };
+        const auto attention = [&](int64_t n, T phi) {
+            for (int64_t h = 0; h < n; h += L) {
+                const Vec<T, L> x = load<T, L>(a + h);
+                store<T, L>(A + h, x * sigmoid<T, L>(x) * phi);
+            }
+        };
+        for (int64_t p0 = ranges.pair[t], p1; p0 < ranges.pair[t + 1]; p0 = p1) {
+        p1 = p0 + TILE < ranges.pair[t + 1] ? p0 + TILE : ranges.pair[t + 1];
+        f.make(p0, p1 - p0, tile);
+        for (int64_t p = p0; p < p1; ++p) {
+            const Geometry<T>& g = geometry[p];
+            const int64_t i = first[p], j = second[p];
+            const Row<const T> ri(y, i, C), rj(y, j, C);
+            filters(p - p0);
+            for (int64_t h = 0; h < H; ++h) {
+                V ij = {}, ji = {};
+                for (int64_t c = h * D; c < h * D + D; c += W) {
+                    const V fk = load<T, W>(d + c);
+                    ij += load<T, W>(ri.q + c) * load<T, W>(rj.k + c) * fk;
+                    ji += load<T, W>(rj.q + c) * load<T, W>(ri.k + c) * fk;
+                }
+                a[h] = sum<T, W>(ij);
+                a[H + h] = sum<T, W>(ji);
+            }
+            std::memcpy(score + p * 2 * H, a, 2 * H * sizeof(T));
+            attention(2 * H, g.phi);
+            T *xi = x_out + i * C, *xj = x_out + j * C, *vi = v_out + i * 3 * C, *vj = v_out + j * 3 * C;
+            const T *wi = vec + i * 3 * C, *wj = vec + j * 3 * C;
+            for (int64_t h = 0; h < H; ++h) {
+                const T *d1 = d + C + 3 * h * D, *d2 = d1 + D, *d3 = d2 + D;
+                const T *ui = ri.v + 3 * h * D, *uj = rj.v + 3 * h * D;
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e;
+                    const V f1 = load<T, W>(d1 + e);
+                    add<T, W>(xi + c, load<T, W>(uj + e) * f1 * A[h]);
+                    add<T, W>(xj + c, load<T, W>(ui + e) * f1 * A[H + h]);
+                    const V f3 = load<T, W>(d3 + e) * g.vphi;
+                    const V eij = load<T, W>(uj + 2 * D + e) * f3, eji = load<T, W>(ui + 2 * D + e) * f3;
+                    if (s.has_vec) {
+                        const V f2 = load<T, W>(d2 + e) * g.vphi;
+                        const V nij = load<T, W>(uj + D + e) * f2, nji = load<T, W>(ui + D + e) * f2;
+                        for (int k = 0; k < 3; ++k) {
+                            add<T, W>(vi + k * C + c, load<T, W>(wj + k * C + c) * nij + eij * g.unit[k]);
+                            add<T, W>(vj + k * C + c, load<T, W>(wi + k * C + c) * nji - eji * g.unit[k]);
+                        }
+                    } else {
+                        for (int k = 0; k < 3; ++k) {
+                            add<T, W>(vi + k * C + c, eij * g.unit[k]);
+                            add<T, W>(vj + k * C + c, -(eji * g.unit[k]));
+                        }
+                    }
+                }
+            }
+        }
+        }
+        f.make(s.p, 1, tile);
+        filters(0);
+        for (int64_t i = a0; i < a1; ++i) {  // the atom itself: distance 0, cutoff function 1, no direction
+            const Row<const T> r(y, i, C);
+            for (int64_t h = 0; h < H; ++h) {
+                V own = {};
+                for (int64_t c = h * D; c < h * D + D; c += W)
+                    own += load<T, W>(r.q + c) * load<T, W>(r.k + c) * load<T, W>(d + c);
+                a[h] = sum<T, W>(own);
+            }
+            std::memcpy(score_self + i * H, a, H * sizeof(T));
+            attention(H, T(1));
+            for (int64_t h = 0; h < H; ++h)
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + e;
+                    add<T, W>(x_out + i * C + c, load<T, W>(r.v + part) * load<T, W>(d + C + part) * A[h]);
+                    if (s.has_vec) {
+                        const V n = load<T, W>(r.v + part + D) * load<T, W>(d + C + part + D);
+                        for (int k = 0; k < 3; ++k)
+                            add<T, W>(v_out + (3 * i + k) * C + c, load<T, W>(vec + (3 * i + k) * C + c) * n);
+                    }
+                }
+        }
+    }
+}
+
+// Adjoints of q, k, v, vec; with GEOMETRY also of distance and unit vector (added to `g_change`), with FILTERS also of
+// the filters before their activation.
+template <class T, int W, int CC, int HH, bool GEOMETRY, bool FILTERS>
+void pair_backward(const Sizes s, const Ranges ranges, const int32_t* first, const int32_t* second,
+                   const Geometry<T>* geometry, const Filters<T> f, const T* y, const T* vec, const T* score,
+                   const T* score_self, const T* g_x, const T* g_v, T* g_y, T* g_vec, Change<T>* g_change,
+                   T* g_filters) {
+    typedef Vec<T, W> V;
+    const int64_t C = CC ? CC : s.channels, H = HH ? HH : s.heads, D = C / H, H2 = padded(2 * H);
+    constexpr int L = Number<T>::lanes;
+    std::vector<T> parts(FILTERS ? ranges.n * f.gradient_size() : 0, T(0));
+#pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
+    for (int64_t t = 0; t < ranges.n; ++t) {
+        Scratch<T> scratch(12 * C + 4 * H2 + 3 * TILE * f.row);
+        T *tile = scratch.take(TILE * f.row), *tile_r = scratch.take(TILE * f.row), *g_tile = scratch.take(TILE * f.row);
+        T* gradient = FILTERS ? parts.data() + t * f.gradient_size() : nullptr;
+        T *d = scratch.take(4 * C), *s1 = scratch.take(4 * C), *gd = scratch.take(4 * C);
+        T *gA = scratch.take(H2), *A = scratch.take(H2), *ga = scratch.take(H2), *act = scratch.take(H2);
+        const int64_t a0 = ranges.atom[t], a1 = ranges.atom[t + 1];
+        std::memset(g_y + a0 * 5 * C, 0, (a1 - a0) * 5 * C * sizeof(T));
+        const auto filters = [&](int64_t row) {
+            for (int64_t c = 0; c < 4 * C; c += W) {
+                V v0, v1, unused;
+                silu<T, W, 1>(load<T, W>(tile + row * f.row + c), v0, v1, unused);
+                store<T, W>(d + c, v0);
+                store<T, W>(s1 + c, v1);
+            }
+        };
+        const auto attention = [&](const T* a, int64_t n, T phi) {  // A, ga and silu(a) of each head
+            std::memcpy(A, a, n * sizeof(T));
+            for (int64_t h = 0; h < n; h += L) {
+                Vec<T, L> v0, v1, unused;
+                silu<T, L, 1>(load<T, L>(A + h), v0, v1, unused);
+                store<T, L>(act + h, v0);
+                store<T, L>(A + h, v0 * phi);
+                store<T, L>(ga + h, load<T, L>(gA + h) * v1 * phi);
+            }
+        };
+        for (int64_t p0 = ranges.pair[t], p1; p0 < ranges.pair[t + 1]; p0 = p1) {
+        p1 = p0 + TILE < ranges.pair[t + 1] ? p0 + TILE : ranges.pair[t + 1];
+        f.make(p0, p1 - p0, tile);
+        if (GEOMETRY) f.make_r(p0, p1 - p0, tile_r);
+        for (int64_t p = p0; p < p1; ++p) {
+            const Geometry<T>& g = geometry[p];
+            const int64_t atoms[2] = {first[p], second[p]};
+            filters(p - p0);
+            for (int dir = 0; dir < 2; ++dir) {
+                const T* v1 = Row<const T>(y, atoms[1 - dir], C).v;
+                const T* gx = g_x + atoms[dir] * C;
+                for (int64_t h = 0; h < H; ++h) {
+                    V own = {};
+                    for (int64_t e = 0; e < D; e += W)
+                        own += load<T, W>(gx + h * D + e) * load<T, W>(v1 + 3 * h * D + e) *
+                               load<T, W>(d + C + 3 * h * D + e);
+                    gA[dir * H + h] = sum<T, W>(own);
+                }
+            }
+            attention(score + p * 2 * H, 2 * H, g.phi);
+            V g_vphi = {}, g_unit[3] = {{}, {}, {}};
+            for (int dir = 0; dir < 2; ++dir) {
+                const int64_t i = atoms[dir], j = atoms[1 - dir];
+                const T sign = dir ? T(-1) : T(1);
+                const T unit[3] = {sign * g.unit[0], sign * g.unit[1], sign * g.unit[2]};
+                const Row<const T> ri(y, i, C), rj(y, j, C);
+                const Row<T> gi(g_y, i, C), gj(g_y, j, C);
+                const T *gx = g_x + i * C, *gv = g_v + i * 3 * C, *wj = vec + j * 3 * C;
+                T* gw = g_vec + j * 3 * C;
+                for (int64_t h = 0; h < H; ++h) {
+                    const T Ah = A[dir * H + h], gah = ga[dir * H + h];
+                    for (int64_t e = 0; e < D; e += W) {
+                        const int64_t c = h * D + e, part = 3 * h * D + e;
+                        const V q = load<T, W>(ri.q + c), k = load<T, W>(rj.k + c), fk = load<T, W>(d + c);
+                        const V gfk = gah * q * k;
+                        add<T, W>(gi.q + c, gah * k * fk);
+                        add<T, W>(gj.k + c, gah * q * fk);
+                        const V f1 = load<T, W>(d + C + part), gm = Ah * load<T, W>(gx + c);
+                        const V gf1 = gm * load<T, W>(rj.v + part);
+                        add<T, W>(gj.v + part, gm * f1);
+                        const V gv0 = load<T, W>(gv + c), gv1 = load<T, W>(gv + C + c), gv2 = load<T, W>(gv + 2 * C + c);
+                        const V v3 = load<T, W>(rj.v + part + 2 * D), f3 = load<T, W>(d + C + part + 2 * D);
+                        const V along = gv0 * unit[0] + gv1 * unit[1] + gv2 * unit[2];
+                        const V g3 = along * g.vphi, gf3 = g3 * v3;
+                        add<T, W>(gj.v + part + 2 * D, g3 * f3);
+                        const V v3f3 = v3 * f3;
+                        if (GEOMETRY) {
+                            const V n3 = v3f3 * (sign * g.vphi);
+                            g_vphi += along * v3f3;
+                            g_unit[0] += gv0 * n3;
+                            g_unit[1] += gv1 * n3;
+                            g_unit[2] += gv2 * n3;
+                        }
+                        V gf2 = {};
+                        if (s.has_vec) {
+                            const V v2 = load<T, W>(rj.v + part + D), f2 = load<T, W>(d + C + part + D);
+                            const V w = gv0 * load<T, W>(wj + c) + gv1 * load<T, W>(wj + C + c) +
+                                        gv2 * load<T, W>(wj + 2 * C + c);
+                            const V g2 = w * g.vphi, n2 = v2 * f2 * g.vphi;
+                            gf2 = g2 * v2;
+                            add<T, W>(gj.v + part + D, g2 * f2);
+                            add<T, W>(gw + c, gv0 * n2);
+                            add<T, W>(gw + C + c, gv1 * n2);
+                            add<T, W>(gw + 2 * C + c, gv2 * n2);
+                            if (GEOMETRY) g_vphi += w * v2 * f2;
+                        }
+                        if (dir == 0) {
+                            store<T, W>(gd + c, gfk);
+                            store<T, W>(gd + C + part, gf1);
+                            store<T, W>(gd + C + part + D, gf2);
+                            store<T, W>(gd + C + part + 2 * D, gf3);
+                        } else {
+                            add<T, W>(gd + c, gfk);
+                            add<T, W>(gd + C + part, gf1);
+                            if (s.has_vec) add<T, W>(gd + C + part + D, gf2);
+                            add<T, W>(gd + C + part + 2 * D, gf3);
+                        }
+                    }
+                }
+            }
+            if (GEOMETRY) {
+                V g_r = {};
+                for (int64_t c = 0; c < 4 * C; c += W)
+                    g_r += load<T, W>(gd + c) * load<T, W>(s1 + c) * load<T, W>(tile_r + (p - p0) * f.row + c);
+                T g_phi = 0;
+                for (int64_t h = 0; h < 2 * H; ++h) g_phi += gA[h] * act[h];
+                g_change[p].r += sum<T, W>(g_r) + g_phi * g.phi_r + sum<T, W>(g_vphi) * g.vphi_r;
+                for (int k = 0; k < 3; ++k) g_change[p].unit[k] += sum<T, W>(g_unit[k]);
+            }
+            if (FILTERS)
+                for (int64_t c = 0; c < 4 * C; c += W)
+                    store<T, W>(g_tile + (p - p0) * f.row + c, load<T, W>(gd + c) * load<T, W>(s1 + c));
+        }
+        if (FILTERS) f.gradient(p0, p1 - p0, g_tile, nullptr, gradient);
+        }
+        f.make(s.p, 1, tile);
+        filters(0);
+        T* own_gd = g_tile;
+        std::memset(own_gd, 0, 4 * C * sizeof(T));
+        for (int64_t i = a0; i < a1; ++i) {
+            const Row<const T> r(y, i, C);
+            const Row<T> gi(g_y, i, C);
+            const T *gx = g_x + i * C, *gv = g_v + i * 3 * C, *w = vec + i * 3 * C;
+            for (int64_t h = 0; h < H; ++h) {
+                V own = {};
+                for (int64_t e = 0; e < D; e += W)
+                    own += load<T, W>(gx + h * D + e) * load<T, W>(r.v + 3 * h * D + e) *
+                           load<T, W>(d + C + 3 * h * D + e);
+                gA[h] = sum<T, W>(own);
+            }
+            attention(score_self + i * H, H, T(1));
+            for (int64_t h = 0; h < H; ++h)
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + e;
+                    const V q = load<T, W>(r.q + c), k = load<T, W>(r.k + c), fk = load<T, W>(d + c);
+                    add<T, W>(gi.q + c, ga[h] * k * fk);
+                    add<T, W>(gi.k + c, ga[h] * q * fk);
+                    const V v1 = load<T, W>(r.v + part), gm = A[h] * load<T, W>(gx + c);
+                    add<T, W>(gi.v + part, gm * load<T, W>(d + C + part));
+                    if (FILTERS) {
+                        add<T, W>(own_gd + c, ga[h] * q * k);
+                        add<T, W>(own_gd + C + part, gm * v1);
+                    }
+                    if (s.has_vec) {
+                        const V v2 = load<T, W>(r.v + part + D), f2 = load<T, W>(d + C + part + D);
+                        V g2 = {};
+                        for (int a = 0; a < 3; ++a) {
+                            const V gva = load<T, W>(gv + a * C + c);
+                            g2 += gva * load<T, W>(w + a * C + c);
+                            add<T, W>(g_vec + (3 * i + a) * C + c, gva * v2 * f2);
+                        }
+                        add<T, W>(gi.v + part + D, g2 * f2);
+                        if (FILTERS) add<T, W>(own_gd + C + part + D, g2 * v2);
+                    }
+                }
+        }
+        if (FILTERS) {
+            for (int64_t c = 0; c < 4 * C; c += W) store<T, W>(own_gd + c, load<T, W>(own_gd + c) * load<T, W>(s1 + c));
+            f.gradient(s.p, 1, own_gd, nullptr, gradient);
+        }
+    }
+    if (FILTERS) add_parts(parts, f.gradient_size(), g_filters);
+}
+
+template <class T, int W, int CC, int HH>
+void pair_tangent(const Sizes s, const Ranges ranges, const int32_t* first, const int32_t* second,
+                  const Geometry<T>* geometry, const Change<T>* change, const Filters<T> f, const T* y, const T* y_t,
+                  const T* vec, const T* vec_t, const T* score, const T* score_self, T* score_t, T* score_self_t, T* x_t, T* v_t) {
+    typedef Vec<T, W> V;
+    const int64_t C = CC ? CC : s.channels, H = HH ? HH : s.heads, D = C / H, H2 = padded(2 * H);
+    constexpr int L = Number<T>::lanes;
+#pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
+    for (int64_t t = 0; t < ranges.n; ++t) {
+        Scratch<T> scratch(8 * C + 3 * H2 + 2 * TILE * f.row);
+        T *tile = scratch.take(TILE * f.row), *tile_r = scratch.take(TILE * f.row);
+        T *d = scratch.take(4 * C), *dt = scratch.take(4 * C);
+        T *at = scratch.take(H2), *A = scratch.take(H2), *At = scratch.take(H2);
+        const int64_t a0 = ranges.atom[t], a1 = ranges.atom[t + 1];
+        std::memset(x_t + a0 * C, 0, (a1 - a0) * C * sizeof(T));
+        std::memset(v_t + a0 * 3 * C, 0, (a1 - a0) * 3 * C * sizeof(T));
+        const auto attention = [&](const T* a, int64_t n, T phi, T phi_t) {
+            std::memcpy(A, a, n * sizeof(T));
+            for (int64_t h = 0; h < n; h += L) {
+                Vec<T, L> v0, v1, unused;
+                silu<T, L, 1>(load<T, L>(A + h), v0, v1, unused);
+                store<T, L>(A + h, v0 * phi);
+                store<T, L>(At + h, v1 * load<T, L>(at + h) * phi + v0 * phi_t);
+            }
+        };
+        for (int64_t p0 = ranges.pair[t], p1; p0 < ranges.pair[t + 1]; p0 = p1) {
+        p1 = p0 + TILE < ranges.pair[t + 1] ? p0 + TILE : ranges.pair[t + 1];
+        f.make(p0, p1 - p0, tile);
+        f.make_r(p0, p1 - p0, tile_r);
+        for (int64_t p = p0; p < p1; ++p) {
+            const Geometry<T>& g = geometry[p];
+            const T r_t = change[p].r, phi_t = g.phi_r * r_t, vphi_t = g.vphi_r * r_t;
+            const int64_t atoms[2] = {first[p], second[p]};
+            for (int64_t c = 0; c < 4 * C; c += W) {
+                V v0, v1, unused;
+                silu<T, W, 1>(load<T, W>(tile + (p - p0) * f.row + c), v0, v1, unused);
+                store<T, W>(d + c, v0);
+                store<T, W>(dt + c, v1 * load<T, W>(tile_r + (p - p0) * f.row + c) * r_t);
+            }
+            for (int dir = 0; dir < 2; ++dir) {
+                const Row<const T> ri(y, atoms[dir], C), rj(y, atoms[1 - dir], C);
+                const Row<const T> ti(y_t, atoms[dir], C), tj(y_t, atoms[1 - dir], C);
+                for (int64_t h = 0; h < H; ++h) {
+                    V own = {};
+                    for (int64_t c = h * D; c < h * D + D; c += W) {
+                        const V q = load<T, W>(ri.q + c), k = load<T, W>(rj.k + c);
+                        own += (load<T, W>(ti.q + c) * k + q * load<T, W>(tj.k + c)) * load<T, W>(d + c) +
+                               q * k * load<T, W>(dt + c);
+                    }
+                    at[dir * H + h] = sum<T, W>(own);
+                }
+            }
+            std::memcpy(score_t + p * 2 * H, at, 2 * H * sizeof(T));
+            attention(score + p * 2 * H, 2 * H, g.phi, phi_t);
+            for (int dir = 0; dir < 2; ++dir) {
+                const int64_t i = atoms[dir], j = atoms[1 - dir];
+                const T sign = dir ? T(-1) : T(1);
+                const Row<const T> rj(y, j, C), tj(y_t, j, C);
+                const T *wj = vec + j * 3 * C, *wtj = vec_t + j * 3 * C;
+                T *xi = x_t + i * C, *vi = v_t + i * 3 * C;
+                for (int64_t h = 0; h < H; ++h) {
+                    const T Ah = A[dir * H + h], Ath = At[dir * H + h];
+                    for (int64_t e = 0; e < D; e += W) {
+                        const int64_t c = h * D + e, part = 3 * h * D + e;
+                        const V v1 = load<T, W>(rj.v + part), f1 = load<T, W>(d + C + part);
+                        const V m_t = load<T, W>(tj.v + part) * f1 + v1 * load<T, W>(dt + C + part);
+                        add<T, W>(xi + c, Ath * v1 * f1 + Ah * m_t);
+                        const V v3 = load<T, W>(rj.v + part + 2 * D), f3 = load<T, W>(d + C + part + 2 * D);
+                        const V n3 = v3 * f3 * (sign * g.vphi);
+                        const V n3_t = ((load<T, W>(tj.v + part + 2 * D) * f3 +
+                                         v3 * load<T, W>(dt + C + part + 2 * D)) * g.vphi + v3 * f3 * vphi_t) * sign;
+                        if (s.has_vec) {
+                            const V v2 = load<T, W>(rj.v + part + D), f2 = load<T, W>(d + C + part + D);
+                            const V n2 = v2 * f2 * g.vphi;
+                            const V n2_t = (load<T, W>(tj.v + part + D) * f2 + v2 * load<T, W>(dt + C + part + D)) *
+                                               g.vphi + v2 * f2 * vphi_t;
+                            for (int k = 0; k < 3; ++k)
+                                add<T, W>(vi + k * C + c, load<T, W>(wtj + k * C + c) * n2 +
+                                                              load<T, W>(wj + k * C + c) * n2_t +
+                                                              n3 * change[p].unit[k] + n3_t * g.unit[k]);
+                        } else {
+                            for (int k = 0; k < 3; ++k)
+                                add<T, W>(vi + k * C + c, n3 * change[p].unit[k] + n3_t * g.unit[k]);
+                        }
+                    }
+                }
+            }
+        }
+        }
+        f.make(s.p, 1, tile);
+        for (int64_t c = 0; c < 4 * C; c += W) {
+            const V x = load<T, W>(tile + c);
+            store<T, W>(d + c, x * sigmoid<T, W>(x));
+        }
+        for (int64_t i = a0; i < a1; ++i) {
+            const Row<const T> r(y, i, C), rt(y_t, i, C);
+            for (int64_t h = 0; h < H; ++h) {
+                V own = {};
+                for (int64_t c = h * D; c < h * D + D; c += W)
+                    own += (load<T, W>(rt.q + c) * load<T, W>(r.k + c) + load<T, W>(r.q + c) * load<T, W>(rt.k + c)) *
+                           load<T, W>(d + c);
+                at[h] = sum<T, W>(own);
+            }
+            std::memcpy(score_self_t + i * H, at, H * sizeof(T));
+            attention(score_self + i * H, H, T(1), T(0));
+            for (int64_t h = 0; h < H; ++h)
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + e;
+                    const V f1 = load<T, W>(d + C + part);
+                    add<T, W>(x_t + i * C + c, At[h] * load<T, W>(r.v + part) * f1 + A[h] * load<T, W>(rt.v + part) * f1);
+                    if (s.has_vec) {
+                        const V f2 = load<T, W>(d + C + part + D);
+                        const V n2 = load<T, W>(r.v + part + D) * f2, n2_t = load<T, W>(rt.v + part + D) * f2;
+                        for (int k = 0; k < 3; ++k)
+                            add<T, W>(v_t + (3 * i + k) * C + c, load<T, W>(vec_t + (3 * i + k) * C + c) * n2 +
+                                                                    load<T, W>(vec + (3 * i + k) * C + c) * n2_t);
+                    }
+                }
+        }
+    }
+}
+
+template <class T, int W, int CC, int HH>
+void pair_reverse(const Sizes s, const Ranges ranges, const int32_t* first, const int32_t* second,
+                  const Geometry<T>* geometry, const Change<T>* change, const Filters<T> f, const T* y, const T* y_t,
+                  const T* vec, const T* vec_t, const T* score, const T* score_self, const T* score_t, const T* score_self_t, const T* g_x, const T* g_v, const T* m_x, const T* m_v,
+                  T* m_y, T* m_vec, T* m_filters) {
+    typedef Vec<T, W> V;
+    const int64_t C = CC ? CC : s.channels, H = HH ? HH : s.heads, D = C / H, H2 = padded(2 * H);
+    constexpr int L = Number<T>::lanes;
+    std::vector<T> parts(ranges.n * f.gradient_size(), T(0));
+#pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
+    for (int64_t t = 0; t < ranges.n; ++t) {
+        Scratch<T> scratch(24 * C + 7 * H2 + 4 * TILE * f.row);
+        T *tile = scratch.take(TILE * f.row), *tile_r = scratch.take(TILE * f.row);
+        T *m_tile = scratch.take(TILE * f.row), *m_tile_r = scratch.take(TILE * f.row);
+        T* gradient = parts.data() + t * f.gradient_size();
+        T *d = scratch.take(4 * C), *dt = scratch.take(4 * C), *s1 = scratch.take(4 * C), *s2 = scratch.take(4 * C);
+        T *md = scratch.take(4 * C), *mdt = scratch.take(4 * C);
+        T *a = scratch.take(H2), *at = scratch.take(H2), *mA = scratch.take(H2), *mAt = scratch.take(H2);
+        T *A = scratch.take(H2), *ma = scratch.take(H2), *mat = scratch.take(H2);
+        std::vector<T> At_buffer(H2, T(0));
+        T* At = At_buffer.data();
+        const int64_t a0 = ranges.atom[t], a1 = ranges.atom[t + 1];
+        std::memset(m_y + a0 * 5 * C, 0, (a1 - a0) * 5 * C * sizeof(T));
+        const auto attention = [&](const T* scores, const T* scores_t, int64_t n, T phi, T phi_t) {
+            std::memcpy(a, scores, n * sizeof(T));
+            std::memcpy(at, scores_t, n * sizeof(T));
+            for (int64_t h = 0; h < n; h += L) {
+                Vec<T, L> v0, v1, v2;
+                silu<T, L, 2>(load<T, L>(a + h), v0, v1, v2);
+                const Vec<T, L> a_t = load<T, L>(at + h), m1 = load<T, L>(mA + h), m2 = load<T, L>(mAt + h);
+                store<T, L>(A + h, v0 * phi);
+                store<T, L>(At + h, v1 * a_t * phi + v0 * phi_t);
+                store<T, L>(ma + h, m1 * v1 * phi + m2 * (v2 * a_t * phi + v1 * phi_t));
+                store<T, L>(mat + h, m2 * v1 * phi);
+            }
+        };
+        for (int64_t p0 = ranges.pair[t], p1; p0 < ranges.pair[t + 1]; p0 = p1) {
+        p1 = p0 + TILE < ranges.pair[t + 1] ? p0 + TILE : ranges.pair[t + 1];
+        f.make(p0, p1 - p0, tile);
+        f.make_r(p0, p1 - p0, tile_r);
+        for (int64_t p = p0; p < p1; ++p) {
+            const Geometry<T>& g = geometry[p];
+            const T r_t = change[p].r, phi_t = g.phi_r * r_t, vphi_t = g.vphi_r * r_t;
+            const int64_t atoms[2] = {first[p], second[p]};
+            for (int64_t c = 0; c < 4 * C; c += W) {
+                V v0, v1, v2;
+                silu<T, W, 2>(load<T, W>(tile + (p - p0) * f.row + c), v0, v1, v2);
+                const V pre_t = load<T, W>(tile_r + (p - p0) * f.row + c) * r_t;
+                store<T, W>(d + c, v0);
+                store<T, W>(dt + c, v1 * pre_t);
+                store<T, W>(s1 + c, v1);
+                store<T, W>(s2 + c, v2 * pre_t);
+            }
+            for (int dir = 0; dir < 2; ++dir) {
+                const Row<const T> rj(y, atoms[1 - dir], C), tj(y_t, atoms[1 - dir], C);
+                const T *mx = m_x + atoms[dir] * C, *gx = g_x + atoms[dir] * C;
+                for (int64_t h = 0; h < H; ++h) {
+                    V sum_a = {}, sum_t = {};
+                    for (int64_t e = 0; e < D; e += W) {
+                        const int64_t c = h * D + e, part = 3 * h * D + e;
+                        const V v1 = load<T, W>(rj.v + part), f1 = load<T, W>(d + C + part);
+                        const V m = v1 * f1, m_t = load<T, W>(tj.v + part) * f1 + v1 * load<T, W>(dt + C + part);
+                        const V gxc = load<T, W>(gx + c);
+                        sum_a += load<T, W>(mx + c) * m + gxc * m_t;
+                        sum_t += gxc * m;
+                    }
+                    mA[dir * H + h] = sum<T, W>(sum_a);
+                    mAt[dir * H + h] = sum<T, W>(sum_t);
+                }
+            }
+            attention(score + p * 2 * H, score_t + p * 2 * H, 2 * H, g.phi, phi_t);
+            for (int dir = 0; dir < 2; ++dir) {
+                const int64_t i = atoms[dir], j = atoms[1 - dir];
+                const T sign = dir ? T(-1) : T(1);
+                const T unit[3] = {sign * g.unit[0], sign * g.unit[1], sign * g.unit[2]};
+                const T unit_t[3] = {sign * change[p].unit[0], sign * change[p].unit[1], sign * change[p].unit[2]};
+                const Row<const T> ri(y, i, C), rj(y, j, C), ti(y_t, i, C), tj(y_t, j, C);
+                const Row<T> mi(m_y, i, C), mj(m_y, j, C);
+                const T *gx = g_x + i * C, *gv = g_v + i * 3 * C, *mx = m_x + i * C, *mv = m_v + i * 3 * C;
+                const T *wj = vec + j * 3 * C, *wtj = vec_t + j * 3 * C;
+                T* mw = m_vec + j * 3 * C;
+                for (int64_t h = 0; h < H; ++h) {
+                    const T Ah = A[dir * H + h], Ath = At[dir * H + h], mah = ma[dir * H + h], math = mat[dir * H + h];
+                    for (int64_t e = 0; e < D; e += W) {
+                        const int64_t c = h * D + e, part = 3 * h * D + e;
+                        {
+                            const V q = load<T, W>(ri.q + c), k = load<T, W>(rj.k + c);
+                            const V q_t = load<T, W>(ti.q + c), k_t = load<T, W>(tj.k + c);
+                            const V f = load<T, W>(d + c), f_t = load<T, W>(dt + c), both = math * f;
+                            const V own = mah * f + math * f_t, qk = q * k;
+                            add<T, W>(mi.q + c, own * k + both * k_t);
+                            add<T, W>(mj.k + c, own * q + both * q_t);
+                            const V mf = mah * qk + math * (q_t * k + q * k_t), mf_t = math * qk;
+                            if (dir == 0) {
+                                store<T, W>(md + c, mf);
+                                store<T, W>(mdt + c, mf_t);
+                            } else {
+                                add<T, W>(md + c, mf);
+                                add<T, W>(mdt + c, mf_t);
+                            }
+                        }
+                        {
+                            const V v = load<T, W>(rj.v + part), v_t = load<T, W>(tj.v + part);
+                            const V f = load<T, W>(d + C + part), f_t = load<T, W>(dt + C + part);
+                            const V gxc = load<T, W>(gx + c);
+                            const V mm = Ah * load<T, W>(mx + c) + Ath * gxc, mm_t = Ah * gxc;
+                            add<T, W>(mj.v + part, mm * f + mm_t * f_t);
+                            const V mf = mm * v + mm_t * v_t, mf_t = mm_t * v;
+                            if (dir == 0) {
+                                store<T, W>(md + C + part, mf);
+                                store<T, W>(mdt + C + part, mf_t);
+                            } else {
+                                add<T, W>(md + C + part, mf);
+                                add<T, W>(mdt + C + part, mf_t);
+                            }
+                        }
+                        const V gv0 = load<T, W>(gv + c), gv1 = load<T, W>(gv + C + c), gv2 = load<T, W>(gv + 2 * C + c);
+                        const V mv0 = load<T, W>(mv + c), mv1 = load<T, W>(mv + C + c), mv2 = load<T, W>(mv + 2 * C + c);
+                        {
+                            const V mn_t = gv0 * unit[0] + gv1 * unit[1] + gv2 * unit[2];
+                            const V mn = mv0 * unit[0] + mv1 * unit[1] + mv2 * unit[2] + gv0 * unit_t[0] +
+                                         gv1 * unit_t[1] + gv2 * unit_t[2];
+                            const V v = load<T, W>(rj.v + part + 2 * D), v_t = load<T, W>(tj.v + part + 2 * D);
+                            const V f = load<T, W>(d + C + part + 2 * D), f_t = load<T, W>(dt + C + part + 2 * D);
+                            const V own = mn * g.vphi + mn_t * vphi_t, along = mn_t * g.vphi;
+                            add<T, W>(mj.v + part + 2 * D, own * f + along * f_t);
+                            const V mf = own * v + along * v_t, mf_t = along * v;
+                            if (dir == 0) {
+                                store<T, W>(md + C + part + 2 * D, mf);
+                                store<T, W>(mdt + C + part + 2 * D, mf_t);
+                            } else {
+                                add<T, W>(md + C + part + 2 * D, mf);
+                                add<T, W>(mdt + C + part + 2 * D, mf_t);
+                            }
+                        }
+                        if (s.has_vec) {
+                            const V w0 = load<T, W>(wj + c), w1 = load<T, W>(wj + C + c), w2 = load<T, W>(wj + 2 * C + c);
+                            const V mn_t = gv0 * w0 + gv1 * w1 + gv2 * w2;
+                            const V mn = mv0 * w0 + mv1 * w1 + mv2 * w2 + gv0 * load<T, W>(wtj + c) +
+                                         gv1 * load<T, W>(wtj + C + c) + gv2 * load<T, W>(wtj + 2 * C + c);
+                            const V v = load<T, W>(rj.v + part + D), v_t = load<T, W>(tj.v + part + D);
+                            const V f = load<T, W>(d + C + part + D), f_t = load<T, W>(dt + C + part + D);
+                            const V n = v * f * g.vphi, n_t = (v_t * f + v * f_t) * g.vphi + v * f * vphi_t;
+                            add<T, W>(mw + c, mv0 * n + gv0 * n_t);
+                            add<T, W>(mw + C + c, mv1 * n + gv1 * n_t);
+                            add<T, W>(mw + 2 * C + c, mv2 * n + gv2 * n_t);
+                            const V own = mn * g.vphi + mn_t * vphi_t, along = mn_t * g.vphi;
+                            add<T, W>(mj.v + part + D, own * f + along * f_t);
+                            const V mf = own * v + along * v_t, mf_t = along * v;
+                            if (dir == 0) {
+                                store<T, W>(md + C + part + D, mf);
+                                store<T, W>(mdt + C + part + D, mf_t);
+                            } else {
+                                add<T, W>(md + C + part + D, mf);
+                                add<T, W>(mdt + C + part + D, mf_t);
+                            }
+                        }
+                    }
+                }
+            }
+            if (!s.has_vec)  // no filter of the part along vectors was used
+                for (int64_t h = 0; h < H; ++h) {
+                    std::memset(md + C + (3 * h + 1) * D, 0, D * sizeof(T));
+                    std::memset(mdt + C + (3 * h + 1) * D, 0, D * sizeof(T));
+                }
+            for (int64_t c = 0; c < 4 * C; c += W) {
+                const V m0 = load<T, W>(md + c), m1 = load<T, W>(mdt + c), f1 = load<T, W>(s1 + c);
+                store<T, W>(m_tile + (p - p0) * f.row + c, m0 * f1 + m1 * load<T, W>(s2 + c));
+                store<T, W>(m_tile_r + (p - p0) * f.row + c, m1 * f1 * r_t);
+            }
+        }
+        f.gradient(p0, p1 - p0, m_tile, m_tile_r, gradient);
+        }
+        f.make(s.p, 1, tile);
+        for (int64_t c = 0; c < 4 * C; c += W) {
+            V v0, v1, unused;
+            silu<T, W, 1>(load<T, W>(tile + c), v0, v1, unused);
+            store<T, W>(d + c, v0);
+            store<T, W>(s1 + c, v1);
+        }
+        T* own_md = m_tile;
+        std::memset(own_md, 0, 4 * C * sizeof(T));
+        for (int64_t i = a0; i < a1; ++i) {
+            const Row<const T> r(y, i, C), rt(y_t, i, C);
+            const Row<T> mi(m_y, i, C);
+            const T *gx = g_x + i * C, *gv = g_v + i * 3 * C, *mx = m_x + i * C, *mv = m_v + i * 3 * C;
+            const T *w = vec + i * 3 * C, *wt = vec_t + i * 3 * C;
+            for (int64_t h = 0; h < H; ++h) {
+                V sum_a = {}, sum_t = {};
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + e;
+                    const V f = load<T, W>(d + C + part), m = load<T, W>(r.v + part) * f, gxc = load<T, W>(gx + c);
+                    sum_a += load<T, W>(mx + c) * m + gxc * load<T, W>(rt.v + part) * f;
+                    sum_t += gxc * m;
+                }
+                mA[h] = sum<T, W>(sum_a);
+                mAt[h] = sum<T, W>(sum_t);
+            }
+            attention(score_self + i * H, score_self_t + i * H, H, T(1), T(0));
+            for (int64_t h = 0; h < H; ++h)
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + e;
+                    const V q = load<T, W>(r.q + c), k = load<T, W>(r.k + c), f = load<T, W>(d + c);
+                    const V q_t = load<T, W>(rt.q + c), k_t = load<T, W>(rt.k + c);
+                    add<T, W>(mi.q + c, (ma[h] * k + mat[h] * k_t) * f);
+                    add<T, W>(mi.k + c, (ma[h] * q + mat[h] * q_t) * f);
+                    add<T, W>(own_md + c, ma[h] * q * k + mat[h] * (q_t * k + q * k_t));
+                    const V gxc = load<T, W>(gx + c), mm = A[h] * load<T, W>(mx + c) + At[h] * gxc, mm_t = A[h] * gxc;
+                    add<T, W>(mi.v + part, mm * load<T, W>(d + C + part));
+                    add<T, W>(own_md + C + part, mm * load<T, W>(r.v + part) + mm_t * load<T, W>(rt.v + part));
+                    if (s.has_vec) {
+                        const V v = load<T, W>(r.v + part + D), v_t = load<T, W>(rt.v + part + D);
+                        const V f2 = load<T, W>(d + C + part + D);
+                        V mn = {}, mn_t = {};
+                        for (int b = 0; b < 3; ++b) {
+                            const V gvb = load<T, W>(gv + b * C + c), mvb = load<T, W>(mv + b * C + c);
+                            const V wb = load<T, W>(w + b * C + c);
+                            mn_t += gvb * wb;
+                            mn += mvb * wb + gvb * load<T, W>(wt + b * C + c);
+                            add<T, W>(m_vec + (3 * i + b) * C + c, (mvb * v + gvb * v_t) * f2);
+                        }
+                        add<T, W>(mi.v + part + D, mn * f2);
+                        add<T, W>(own_md + C + part + D, mn * v + mn_t * v_t);
+                    }
+                }
+        }
+        for (int64_t c = 0; c < 4 * C; c += W) store<T, W>(own_md + c, load<T, W>(own_md + c) * load<T, W>(s1 + c));
+        f.gradient(s.p, 1, own_md, nullptr, gradient);
+    }
+    add_parts(parts, f.gradient_size(), m_filters);
+}
+
+// ---------------------------------------------------------------------------------------------- neighbor embedding
+
+// Sum over neighbors of emb_j w(r), where w is a filter times the cutoff function.
+template <class T, int W>
+void embed_forward(const Sizes s, const int32_t* first, const int32_t* second, const Geometry<T>* geometry,
+                   const Filters<T> f, const T* emb, T* out) {
+    typedef Vec<T, W> V;
+    const int64_t C = s.channels;
+    std::vector<T> tile(TILE * f.row, T(0));
+    std::memset(out, 0, s.n * C * sizeof(T));
+    for (int64_t p = 0; p < s.p; ++p) {
+        if (p % TILE == 0) f.make(p, s.p - p < TILE ? s.p - p : TILE, tile.data());
+        const int64_t i = first[p] * C, j = second[p] * C;
+        for (int64_t c = 0; c < C; c += W) {
+            const V w = load<T, W>(tile.data() + p % TILE * f.row + c) * geometry[p].phi;
+            add<T, W>(out + i + c, load<T, W>(emb + j + c) * w);
+            add<T, W>(out + j + c, load<T, W>(emb + i + c) * w);
+        }
+    }
+}
+
+// With `g_change`: adjoints of the distances are added; with `g_filters`: gradient of weight and bias, and g_emb.
+template <class T, int W>
+void embed_backward(const Sizes s, const int32_t* first, const int32_t* second, const Geometry<T>* geometry,
+                    const Filters<T> f, const T* emb, const T* g_out, Change<T>* g_change, T* g_filters, T* g_emb) {
+    typedef Vec<T, W> V;
+    const int64_t C = s.channels;
+    std::vector<T> buffer(3 * TILE * f.row, T(0));
+    T *tile = buffer.data(), *tile_r = tile + TILE * f.row, *g_tile = tile_r + TILE * f.row;
+    if (g_filters) {
+        std::memset(g_filters, 0, f.gradient_size() * sizeof(T));
+        std::memset(g_emb, 0, s.n * C * sizeof(T));
+    }
+    for (int64_t p0 = 0; p0 < s.p; p0 += TILE) {
+        const int64_t n = s.p - p0 < TILE ? s.p - p0 : TILE;
+        f.make(p0, n, tile);
+        if (g_change) f.make_r(p0, n, tile_r);
+        for (int64_t p = p0; p < p0 + n; ++p) {
+            const int64_t i = first[p] * C, j = second[p] * C, at = (p - p0) * f.row;
+            const T phi = geometry[p].phi, phi_r = geometry[p].phi_r;
+            V g_r = {};
+            for (int64_t c = 0; c < C; c += W) {
+                const V x = load<T, W>(tile + at + c), gi = load<T, W>(g_out + i + c), gj = load<T, W>(g_out + j + c);
+                const V gw = gi * load<T, W>(emb + j + c) + gj * load<T, W>(emb + i + c);
+                if (g_change) g_r += gw * (load<T, W>(tile_r + at + c) * phi + x * phi_r);
+                if (g_filters) {
+                    store<T, W>(g_tile + at + c, gw * phi);
+                    add<T, W>(g_emb + j + c, gi * x * phi);
+                    add<T, W>(g_emb + i + c, gj * x * phi);
+                }
+            }
+            if (g_change) g_change[p].r += sum<T, W>(g_r);
+        }
+        if (g_filters) f.gradient(p0, n, g_tile, nullptr, g_filters);
+    }
+}
+
+template <class T, int W>
+void embed_tangent(const Sizes s, const int32_t* first, const int32_t* second, const Geometry<T>* geometry,
+                   const Change<T>* change, const Filters<T> f, const T* emb, T* out_t) {
+    typedef Vec<T, W> V;
+    const int64_t C = s.channels;
+    std::vector<T> buffer(2 * TILE * f.row, T(0));
+    T *tile = buffer.data(), *tile_r = tile + TILE * f.row;
+    std::memset(out_t, 0, s.n * C * sizeof(T));
+    for (int64_t p = 0; p < s.p; ++p) {
+        if (p % TILE == 0) {
+            f.make(p, s.p - p < TILE ? s.p - p : TILE, tile);
+            f.make_r(p, s.p - p < TILE ? s.p - p : TILE, tile_r);
+        }
+        const int64_t i = first[p] * C, j = second[p] * C, at = p % TILE * f.row;
+        const T phi = geometry[p].phi * change[p].r, phi_r = geometry[p].phi_r * change[p].r;
+        for (int64_t c = 0; c < C; c += W) {
+            const V w_t = load<T, W>(tile_r + at + c) * phi + load<T, W>(tile + at + c) * phi_r;
+            add<T, W>(out_t + i + c, load<T, W>(emb + j + c) * w_t);
+            add<T, W>(out_t + j + c, load<T, W>(emb + i + c) * w_t);
+        }
+    }
+}
+
+template <class T, int W>
+void embed_reverse(const Sizes s, const int32_t* first, const int32_t* second, const Geometry<T>* geometry,
+                   const Change<T>* change, const Filters<T> f, const T* emb, const T* g_out, const T* m_out,
+                   T* m_filters, T* m_emb) {
+    typedef Vec<T, W> V;
+    const int64_t C = s.channels;
+    std::vector<T> buffer(4 * TILE * f.row, T(0));
+    T *tile = buffer.data(), *tile_r = tile + TILE * f.row, *m_tile = tile_r + TILE * f.row;
+    T* m_tile_r = m_tile + TILE * f.row;
+    std::memset(m_filters, 0, f.gradient_size() * sizeof(T));
+    std::memset(m_emb, 0, s.n * C * sizeof(T));
+    for (int64_t p0 = 0; p0 < s.p; p0 += TILE) {
+        const int64_t n = s.p - p0 < TILE ? s.p - p0 : TILE;
+        f.make(p0, n, tile);
+        f.make_r(p0, n, tile_r);
+        for (int64_t p = p0; p < p0 + n; ++p) {
+            const int64_t i = first[p] * C, j = second[p] * C, at = (p - p0) * f.row;
+            const T phi = geometry[p].phi, phi_t = geometry[p].phi_r * change[p].r, r_t = change[p].r;
+            for (int64_t c = 0; c < C; c += W) {
+                const V x = load<T, W>(tile + at + c), w = x * phi;
+                const V w_t = load<T, W>(tile_r + at + c) * (r_t * phi) + x * phi_t;
+                const V gi = load<T, W>(g_out + i + c), gj = load<T, W>(g_out + j + c);
+                const V mi = load<T, W>(m_out + i + c), mj = load<T, W>(m_out + j + c);
+                const V ei = load<T, W>(emb + i + c), ej = load<T, W>(emb + j + c);
+                const V mw = mi * ej + mj * ei, mw_t = gi * ej + gj * ei;
+                store<T, W>(m_tile + at + c, mw * phi + mw_t * phi_t);
+                store<T, W>(m_tile_r + at + c, mw_t * (r_t * phi));
+                add<T, W>(m_emb + j + c, mi * w + gi * w_t);
+                add<T, W>(m_emb + i + c, mj * w + gj * w_t);
+            }
+        }
+        f.gradient(p0, n, m_tile, m_tile_r, m_filters);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ geometry
+
+inline uint64_t mixed(uint64_t a, uint64_t b) {  // a hash of two numbers: splitmix64's finalizer
+    uint64_t h = a * 0x9E3779B97F4A7C15ull + b + 0x632BE59BD9B4E019ull;
+    h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9ull;
+    h = (h ^ (h >> 27)) * 0x94D049BB133111EBull;
+    return h ^ (h >> 31);
+}
+
+// One of the two directions of every edge that is not longer than the cutoff: returns the number of pairs, or -1 if
+// the edges are not symmetric. `edge` (P, 3) is pos[second] + shift - pos[first].
+template <class T>
+int64_t find_pairs(int64_t n_edges, const int64_t* src, const int64_t* dst, const T* shift, const T* pos, T cutoff,
+                   int32_t* first, int32_t* second, T* edge) {
+    int64_t found = 0;
+    uint64_t balance = 0;
+    for (int64_t e = 0; e < n_edges; ++e) {
+        const int64_t j = src[e], i = dst[e];
+        const T* t = shift + 3 * e;
+        bool keep = j > i;
+        if (i == j) keep = t[0] > 0 || (t[0] == 0 && (t[1] > 0 || (t[1] == 0 && t[2] > 0)));
+        balance += keep ? mixed(i, j) : -mixed(j, i);
+        if (!keep) continue;
+        T d[3], square = 0;
+        for (int k = 0; k < 3; ++k) {
+            d[k] = pos[3 * j + k] + t[k] - pos[3 * i + k];
+            square += d[k] * d[k];
+        }
+        if (square > cutoff * cutoff) continue;  // NaN stays
+        first[found] = i;
+        second[found] = j;
+        for (int k = 0; k < 3; ++k) edge[3 * found + k] = d[k];
+        ++found;
+    }
+    return balance == 0 ? found : -1;
+}
+
+// Geometry of the pairs, and the radial functions of their distances (row P: distance 0) and derivatives by distance.
+template <class T>
+void radial(int64_t p, int64_t K, T cutoff, int64_t vector_cutoff, const T* edge, const T* means, const T* betas,
+            Geometry<T>* geometry, T* rbf, T* rbf_r) {
+    const T pi = T(3.14159265358979323846), alpha = T(5) / cutoff;
+    constexpr int L = Number<T>::lanes;
+    const int64_t K2 = padded(K);
+    std::vector<T> buffer(3 * K2, T(0));
+    T *mean = buffer.data(), *beta = mean + K2, *value = beta + K2;
+    std::memcpy(mean, means, K * sizeof(T));
+    std::memcpy(beta, betas, K * sizeof(T));
+    for (int64_t e = 0; e <= p; ++e) {
+        Geometry<T> g = {0, {0, 0, 0}, 1, 0, 1, 0};
+        if (e < p) {
+            const T* d = edge + 3 * e;
+            g.r = std::sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2]);
+            const T inverse = g.r == 0 ? T(1) : T(1) / g.r;
+            for (int k = 0; k < 3; ++k) g.unit[k] = d[k] * inverse;
+            const bool inside = !(g.r >= cutoff);
+            g.phi = inside ? T(0.5) * (std::cos(g.r * (pi / cutoff)) + T(1)) : T(0);
+            g.phi_r = inside ? T(-0.5) * (pi / cutoff) * std::sin(g.r * (pi / cutoff)) : T(0);
+            g.vphi = vector_cutoff ? g.phi : T(inside);
+            g.vphi_r = vector_cutoff ? g.phi_r : T(0);
+            geometry[e] = g;
+        }
+        const T decay = std::exp(-alpha * g.r);
+        for (int64_t k = 0; k < K; k += L) {
+            const Vec<T, L> away = decay - load<T, L>(mean + k);
+            store<T, L>(value + k, exponential<T, L>(-(load<T, L>(beta + k) * away * away)));
+        }
+        for (int64_t k = 0; k < K; ++k) {
+            rbf[e * K + k] = g.phi * value[k];
+            if (rbf_r && e < p)
+                rbf_r[e * K + k] = value[k] * (g.phi_r + T(2) * alpha * g.phi * beta[k] * decay * (decay - mean[k]));
+        }
+    }
+}
+
+// Adjoints of distances and unit vectors as adjoints of positions.
+template <class T>
+void geometry_backward(int64_t n, int64_t p, const int32_t* first, const int32_t* second, const Geometry<T>* geometry,
+                       const Change<T>* g_change, T* g_pos) {
+    std::memset(g_pos, 0, n * 3 * sizeof(T));
+    for (int64_t e = 0; e < p; ++e) {
+        const Geometry<T>& g = geometry[e];
+        const Change<T>& c = g_change[e];
+        const T inverse = g.r == 0 ? T(1) : T(1) / g.r;
+        const T along = g.unit[0] * c.unit[0] + g.unit[1] * c.unit[1] + g.unit[2] * c.unit[2];
+        for (int k = 0; k < 3; ++k) {
+            const T value = g.unit[k] * c.r + (c.unit[k] - g.unit[k] * along) * inverse;
+            g_pos[3 * second[e] + k] += value;
+            g_pos[3 * first[e] + k] -= value;
+        }
+    }
+}
+
+template <class T>
+void geometry_tangent(int64_t p, const int32_t* first, const int32_t* second, const Geometry<T>* geometry,
+                      const T* pos_t, Change<T>* change) {
+    for (int64_t e = 0; e < p; ++e) {
+        const Geometry<T>& g = geometry[e];
+        const T inverse = g.r == 0 ? T(1) : T(1) / g.r;
+        T d[3], along = 0;
+        for (int k = 0; k < 3; ++k) {
+            d[k] = pos_t[3 * second[e] + k] - pos_t[3 * first[e] + k];
+            along += g.unit[k] * d[k];
+        }
+        change[e].r = along;
+        for (int k = 0; k < 3; ++k) change[e].unit[k] = (d[k] - g.unit[k] * along) * inverse;
+    }
+}
+
+
+}  // namespace
