@@ -6,6 +6,7 @@ apart their numbers are; nothing is timed before it has been looked at.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
 import importlib.util
@@ -129,10 +130,14 @@ class Ours:
         self.optimizer = adamw([p for p in modules.parameters() if p.requires_grad])
         self.rng = torch.Generator()
 
-    def loss(self, inputs: Inputs) -> Tensor:
-        """The objective's value."""
+    def terms(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Weighted terms of the objective."""
         self.rng.manual_seed(0)
-        return sum(self.objective(self.potential, inputs.batch, self.rng).values())
+        return self.objective(self.potential, inputs.batch, self.rng)
+
+    def loss(self, inputs: Inputs) -> Tensor:
+        """Sum of the terms."""
+        return sum(self.terms(inputs).values())
 
     def step(self, inputs: Inputs) -> None:
         """One training step."""
@@ -185,15 +190,17 @@ class TorchMDNetRival:
         What its neighbor list has room for; 32 is its default.
     """
 
-    def __init__(
-        self, objective: str = "supervised", own_optimizer: bool = False, max_num_neighbors: int = 32
-    ) -> None:
+    def __init__(self, objective: str = "supervised", own_optimizer: bool = False, max_num_neighbors: int = 32) -> None:
+        with contextlib.suppress(ImportError):
+            import warp
+
+            warp.config.quiet = True  # it greets on the terminal otherwise
         script = _golden_script()
         potential = initial()
         self.model = script.torchmd_net_model(MD17, precision=32, max_num_neighbors=max_num_neighbors)
         script.copy_weights(potential, self.model)
         self.model.train()
-        self.term = SupervisedTerms()
+        self.supervised = SupervisedTerms()
         self.noise = self.head = None
         if objective == "ndem":
             ours = _built(NDeM, potential)
@@ -203,19 +210,23 @@ class TorchMDNetRival:
         self.optimizer = adamw(list(modules.parameters()), fused=not own_optimizer)
         self.rng = torch.Generator()
 
-    def loss(self, inputs: Inputs) -> Tensor:
-        """The same loss as ours."""
+    def terms(self, inputs: Inputs) -> dict[str, Tensor]:
+        """The same terms as ours."""
         batch = inputs.batch
         energy, forces = self._forward(inputs)
-        loss = self.term(energy, forces, batch)
+        terms = self.supervised(energy, forces, batch)
         if self.head is None:
-            return loss
+            return terms
         self.rng.manual_seed(0)
         noisy, noise = self.noise.displace(batch, self.rng, CUTOFF)
         x, vec, z, pos, system = self.model.representation_model(batch.z, noisy.pos, batch.system)
         noisy_forces = self.head.pre_reduce(x, vec, z, pos, system)
         residual = forces.detach() - noisy_forces - noise.epsilon / noise.sigma
-        return loss + self.weight * residual.square().sum(-1).mean()
+        return terms | {"ndem": self.weight * residual.square().sum(-1).mean()}
+
+    def loss(self, inputs: Inputs) -> Tensor:
+        """Sum of the terms."""
+        return sum(self.terms(inputs).values())
 
     def _forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Energy (S,) and forces (N, 3)."""
@@ -247,18 +258,18 @@ class TorchMDNetRival:
 
 
 class SupervisedTerms:
-    """The supervised loss on plain tensors, with our weights (1 : 30) and the scale 1."""
+    """The supervised terms on plain tensors, with our weights (1 : 30) and the scale 1."""
 
     def __init__(self) -> None:
         self.loss = Supervised().supervised
 
-    def __call__(self, energy: Tensor, forces: Tensor, batch: Batch) -> Tensor:
-        """Weighted sum of both terms, rounded where ours are."""
+    def __call__(self, energy: Tensor, forces: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Both weighted terms, rounded where ours are."""
         errors = {
             "energy": (energy - batch.targets["energy"]).to(forces.dtype),
             "forces": forces - batch.targets["forces"].to(forces.dtype),
         }
-        return sum(self.loss.terms_of_errors(errors).values())
+        return self.loss.terms_of_errors(errors)
 
 
 # ---------------------------------------------------------------------------------------------------------- agreement
@@ -273,9 +284,9 @@ def compare(ours: Ours, rival: TorchMDNetRival | None, inputs: Inputs, gradients
     if rival is not None:
         found["torchmd-net"] = _numbers(rival, inputs, gradients)
     truth = _truth(ours, inputs, gradients)
-    result = {f"{name} - float64": _differences(values, truth) for name, values in found.items()}
+    result = {f"{name} - float64": differences(values, truth) for name, values in found.items()}
     if rival is not None:
-        result["ours - torchmd-net"] = _differences(found["ours"], found["torchmd-net"])
+        result["ours - torchmd-net"] = differences(found["ours"], found["torchmd-net"])
     result["ok"] = all(result["ours - float64"][name] <= TOLERANCE[name] for name in truth) and all(
         value <= 2 * TOLERANCE[name] for name, value in result.get("ours - torchmd-net", {}).items()
     )
@@ -289,17 +300,17 @@ def _numbers(entrant: Any, inputs: Inputs, gradients: bool) -> dict[str, Tensor]
     if gradients:
         entrant.optimizer.zero_grad()
         entrant.loss(inputs).backward()
-        found["gradient"] = _flat(entrant)
+        found["gradient"] = flat_gradients(entrant)
         entrant.optimizer.zero_grad()
     return found
 
 
-def _flat(entrant: Any) -> Tensor:
-    """All gradients that both have, in the order of our names."""
+def flat_gradients(entrant: Any) -> Tensor:
+    """Gradients of the weights that are trained, in the order of our names; 0 where a term has none."""
     rename = _golden_script().their_name if isinstance(entrant, TorchMDNetRival) else lambda name: name
     given = entrant.gradients()
-    trained = [n for n, p in initial().named_parameters() if p.requires_grad]
-    return torch.cat([given[rename(name)].reshape(-1) for name in trained]).double()
+    trained = {n: p for n, p in initial().named_parameters() if p.requires_grad}
+    return torch.cat([given.get(rename(n), torch.zeros_like(p)).reshape(-1) for n, p in trained.items()]).double()
 
 
 def _truth(ours: Ours, inputs: Inputs, gradients: bool) -> dict[str, Tensor]:
@@ -317,5 +328,6 @@ def _truth(ours: Ours, inputs: Inputs, gradients: bool) -> dict[str, Tensor]:
     return _numbers(exact, Inputs(batch, inputs.z, inputs.pos, inputs.counts, inputs.cell, inputs.pbc), gradients)
 
 
-def _differences(found: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+def differences(found: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+    """|a - b| / |b| by name."""
     return {name: float((found[name] - value).norm() / value.norm()) for name, value in reference.items()}

@@ -33,9 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 #: Upper bounds for the training step of the fused plan, aspirin batch 8: what the prototype had.
 GATES = {"launches": 1242, "gflop": 4.38, "megabytes": 182.0}
 
-_ALLOCATIONS = {
-    f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-}
+_ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
 #: Operations whose result's size depends on the numbers: a GPU would have to be waited for.
 _DATA_DEPENDENT = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_consecutive"}
 _KNOWN_NAMESPACES = {"aten", "prim", "prims", "profiler"}

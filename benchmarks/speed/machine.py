@@ -108,13 +108,14 @@ def describe() -> dict[str, Any]:
         "memory_GiB": round(memory_bytes("MemTotal") / 2**30, 1),
         "amx": has_amx(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: _version(name) for name in names},
+        "versions": {name: version(name) for name in names},
         "revision": revision(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """Of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -126,7 +126,9 @@ def water_sets(cells: tuple[int, int, int], n_sets: int = 4, seed: int = 0) -> l
     rng = np.random.default_rng([seed, *cells])
     spacing = (3 / DENSITY) ** (1 / 3)
     half = np.deg2rad(_HOH / 2)
-    water = np.array([[0, 0, 0], [_OH * np.sin(half), _OH * np.cos(half), 0], [-_OH * np.sin(half), _OH * np.cos(half), 0]])
+    water = np.array(
+        [[0, 0, 0], [_OH * np.sin(half), _OH * np.cos(half), 0], [-_OH * np.sin(half), _OH * np.cos(half), 0]]
+    )
     sites = spacing * np.stack(np.meshgrid(*map(np.arange, cells), indexing="ij"), axis=-1).reshape(-1, 3)
     z = np.tile([8, 1, 1], len(sites))
     cell = spacing * np.diag(np.array(cells, dtype=np.float64))

@@ -19,7 +19,10 @@ TURN, MOST_REPEATS = 0.1, 20
 
 
 def interleave(
-    works: dict[str, Callable[[Any], Any]], inputs: list[Any], rounds: int, clock: Callable[[], float] = time.process_time
+    works: dict[str, Callable[[Any], Any]],
+    inputs: list[Any],
+    rounds: int,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds per call of every contestant in every round: name -> {"cpu": [...], "wall": [...]}.
 
