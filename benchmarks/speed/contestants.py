@@ -119,10 +119,14 @@ class Ours:
         ``"supervised"`` or ``"ndem"``.
     plan
         Execution plan of the backbone; default: the best there is.
+    options
+        Options of the backbone; default: `MD17`.
     """
 
-    def __init__(self, objective: str = "supervised", plan: str | None = None) -> None:
-        self.potential = initial().train()
+    def __init__(
+        self, objective: str = "supervised", plan: str | None = None, options: dict[str, Any] | None = None
+    ) -> None:
+        self.potential = initial(options).train()
         self.plan = best_plan() if plan is None else plan
         set_plan(self.potential, self.plan)
         self.objective = _built({"supervised": Supervised, "ndem": NDeM}[objective], self.potential)

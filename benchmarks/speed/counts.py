@@ -90,6 +90,10 @@ class OpCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        with self:  # in inference mode whole compositions arrive: matmul, linear, reshape
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         out = func(*args, **kwargs)
         name = func._schema.name
         if _waits(name, args, out):
@@ -140,8 +144,6 @@ def gemm_flops(name: str, overload: str, args: tuple) -> int:
     if name == "mkldnn::_linear_pointwise":
         weight = args[2] if overload == "binary" else args[1]  # binary: (input, other, weight, ...)
         return 2 * args[0].numel() * weight.shape[0]
-    if name == "aten::linear":  # whole in inference mode only
-        return 2 * args[0].numel() * args[1].shape[0]
     return 0
 
 

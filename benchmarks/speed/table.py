@@ -279,7 +279,7 @@ def _first_step(sections: dict[str, Any]) -> str:
         mark = verdict(row["first_step_s"], FIRST_STEP_S, True)
         rows.append([row["item"], f"{row['first_step_s']:.2f}{mark}", f"{row['import_s']:.2f}", f"{row['cold_s']:.2f}"])
     header = ["fit of", "start to first step, s", "of it imports, s", "first process of the series, s"]
-    note = f"Wall time of fresh processes, median of {5} after one to warm the caches. Asked: below {FIRST_STEP_S:g} s."
+    note = f"Wall time of fresh processes, their median after one to warm the caches. Asked: below {FIRST_STEP_S:g} s."
     return _grid("Time to the first step", header, rows, note)
 
 
@@ -298,21 +298,26 @@ def _agreement(sections: dict[str, Any]) -> str:
 
 
 def _machines(sections: dict[str, Any]) -> str:
-    """Calibration of every process."""
-    rows = []
+    """Machine and calibration of every process; the parts that one process measured share a row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
     for key, section in sections.items():
-        if "calibration" not in section:
-            continue
-        c, m = section["calibration"], section["machine"]
-        square = c["sgemm_gflops"]["1024x1024x1024"]
-        rows.append(
-            [
-                key, m["date"], m["revision"] or "", f"{m['cpu']}, {m['cpus']} CPUs, {m['memory_GiB']} GiB",
-                ", ".join(f"{n} {v}" for n, v in m["versions"].items() if v),
-                " / ".join(f"{name} {rate:.0f}" for name, rate in square.items()), f"{machine.best_rate(c):.0f}",
-                f"{c['small_additions_100k_s']:.3f}", f"{c['two_thread_gain']:.2f}", f"{c['load_average'][0]:.2f}",
-                str(section["settings"]["rounds"]),
-            ]
-        )  # fmt: skip
-    header = ["part", "date", "revision", "machine", "versions", "sgemm 1024³, GFLOP/s", "highest rate"]
-    return _grid("Machine", [*header, "100k additions, s", "2 threads / 1", "load", "rounds"], rows)
+        part, baseline = key.split("/")
+        rows.setdefault((BASELINES[baseline], *_machine_cells(section)), []).append(part)
+    header = ["baseline", "date", "revision", "machine", "versions", "rounds", "sgemm 1024³, GFLOP/s", "highest rate"]
+    header += ["100k additions, s", "2 threads / 1", "load"]
+    return _grid("Machine", ["parts", *header], [[", ".join(parts), *cells] for cells, parts in rows.items()])
+
+
+def _machine_cells(section: dict[str, Any]) -> list[str]:
+    """One row about a process."""
+    m, c = section["machine"], section.get("calibration")
+    cells = [
+        m["date"], m["revision"] or "", f"{m['cpu']}, {m['cpus']} CPUs, {m['memory_GiB']} GiB",
+        ", ".join(f"{name} {v}" for name, v in m["versions"].items() if v), str(section["settings"]["rounds"]),
+    ]  # fmt: skip
+    if c is None:  # fresh processes: no ratio of theirs depends on the rates
+        return [*cells, "", "", "", "", ""]
+    square = c["sgemm_gflops"]["1024x1024x1024"]
+    rates = " / ".join(f"{name} {rate:.0f}" for name, rate in square.items())
+    gains = [f"{c['small_additions_100k_s']:.3f}", f"{c['two_thread_gain']:.2f}", f"{c['load_average'][0]:.2f}"]
+    return [*cells, rates, f"{machine.best_rate(c):.0f}", *gains]
