@@ -90,10 +90,11 @@ class OpCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        with self:  # in inference mode whole compositions arrive: matmul, linear, reshape
-            parts = func.decompose(*args, **kwargs)
-        if parts is not NotImplemented:
-            return parts
+        if torch.is_inference_mode_enabled():  # there alone, whole compositions arrive: matmul, linear, reshape
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         out = func(*args, **kwargs)
         name = func._schema.name
         if _waits(name, args, out):
