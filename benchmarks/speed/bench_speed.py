@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str
 IN_BASELINES = ("train", "ndem", "infer", "systems", "system-steps", "pairs", "fit")
 IN_FRESH = ("memory", "first-step")
 MEMORY_BATCHES = (8, 128)
-#: Rough need of torchmd-net at that batch in bytes; it is left out where there is less.
-MEMORY_NEED = {8: 2e9, 128: 12e9}
+#: Rough need at that batch in bytes of what keeps edge tensors: torchmd-net, and with all pairs our eager plan. Where
+#: there is less, it is left out.
+MEMORY_NEED = {"torchmd-net": {8: 2e9, 128: 18e9}, "eager": {8: 3e9, 128: 24e9}, "fused": {8: 1e9, 128: 4e9}}
 
 
 def environment(baseline: str, threads: int) -> dict[str, str]:
@@ -52,18 +53,16 @@ def environment(baseline: str, threads: int) -> dict[str, str]:
 
 
 def child(task: dict[str, Any], out: Path) -> None:
-    """Measure some parts in this process; what is finished is written after each of them."""
+    """Measure some parts in this process; each goes into the record as soon as it is finished."""
     import torch
 
     torch.set_num_threads(task["settings"]["threads"])
     from benchmarks.speed import machine, parts
-    from ndem_zoo.checkpoint import save_json
 
     settings = parts.Settings(**task["settings"])
     calibration, described = machine.calibrate(), machine.describe()
     print(f"-- {table.BASELINES[settings.baseline]}: {json.dumps(calibration)}\n   {json.dumps(described)}", flush=True)
     common: dict[str, Any] = {"machine": described, "calibration": calibration, "settings": asdict(settings)}
-    sections: dict[str, Any] = {}
     refused = None
     if settings.threads > 1 and calibration["two_thread_gain"] < machine.TWO_THREAD_GAIN:
         refused = f"2 threads are {calibration['two_thread_gain']:.2f} times as fast as 1; {machine.TWO_THREAD_GAIN} is needed"
@@ -78,11 +77,10 @@ def child(task: dict[str, Any], out: Path) -> None:
             rows = parts.PARTS[part][0](settings)
             for row in rows:
                 add_ratios(row)
-            sections[part] = common | {"rows": rows}
+            add_section(out, part, settings.baseline, common | {"rows": rows})
         else:
             print(f"   refused: {refused}", flush=True)
-            sections[part] = common | {"refused": refused}
-        save_json(out, sections)
+            add_section(out, part, settings.baseline, common | {"refused": refused})
 
 
 def add_ratios(row: dict[str, Any]) -> None:
@@ -96,17 +94,24 @@ def add_ratios(row: dict[str, Any]) -> None:
         row["eager_gain"] = timing.ratio(times, "torchmd-net", "ours, eager" if "ours, eager" in times else "ours")
 
 
-def run_child(baseline: str, chosen: list[str], args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """Sections of a child process by part, and whether it came to its end."""
+def run_child(baseline: str, chosen: list[str], args: argparse.Namespace) -> bool:
+    """Measure in a child process; whether it came to its end."""
     settings = {
         "rounds": args.rounds, "quick": args.quick, "baseline": baseline, "threads": args.threads, "plan": args.plan,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "sections.json"
-        task = json.dumps({"settings": settings, "parts": chosen})
-        command = [sys.executable, str(Path(__file__).resolve()), "--child", task, "--out", str(out)]
-        code = subprocess.run(command, env=environment(baseline, args.threads)).returncode
-        return (json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}), code == 0
+    task = json.dumps({"settings": settings, "parts": chosen})
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", task, "--out", str(args.out)]
+    return subprocess.run(command, env=environment(baseline, args.threads)).returncode == 0
+
+
+def add_section(out: Path, part: str, baseline: str, section: dict[str, Any]) -> None:
+    """Write a part into the record, and the table anew; only one process does so at a time."""
+    from ndem_zoo.checkpoint import save_json, write_text
+
+    record = json.loads(out.read_text(encoding="utf-8"))
+    record["sections"][f"{part}/{baseline}"] = section
+    save_json(out, record)
+    write_text(out.with_suffix(".md"), table.render(record))
 
 
 # --------------------------------------------------------------------------------------------------- fresh processes
@@ -114,21 +119,21 @@ def run_child(baseline: str, chosen: list[str], args: argparse.Namespace) -> tup
 
 def measure_memory(baseline: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Peak memory of supervised training steps on aspirin, of both contestants."""
-    from benchmarks.speed import machine
+    from benchmarks.speed import contestants, machine
 
+    contenders = {"ours": args.plan or contestants.best_plan()}
+    if machine.version("torchmd-net") is not None:
+        contenders["torchmd-net"] = "torchmd-net"
     rows = []
     for n in MEMORY_BATCHES[:1] if args.quick else MEMORY_BATCHES:
-        row: dict[str, Any] = {"item": f"aspirin b{n}", "batch_size": n}
-        options = {"molecule": "aspirin", "batch_size": n, "objective": "supervised"}
-        env = environment(baseline, 1)
-        fits = machine.memory_bytes("MemAvailable") > MEMORY_NEED[n]
-        row["ours"] = fresh.run("memory", env, contestant="ours", plan=args.plan, **options)
-        if machine.version("torchmd-net") is None:
-            row["left_out"] = "torchmd-net is not installed"
-        elif not fits:
-            row["left_out"] = f"torchmd-net needs about {MEMORY_NEED[n] / 1e9:.0f} GB"
-        else:
-            row["torchmd-net"] = fresh.run("memory", env, contestant="torchmd-net", plan=None, **options)
+        row: dict[str, Any] = {"item": f"aspirin b{n}", "batch_size": n, "left_out": []}
+        for name, kind in contenders.items():
+            need = MEMORY_NEED[kind][n]
+            if machine.memory_bytes("MemAvailable") < need:
+                row["left_out"].append(f"{kind} needs about {need / 1e9:.0f} GB")
+                continue
+            options = {"contestant": name, "molecule": "aspirin", "batch_size": n, "objective": "supervised"}
+            row[name] = fresh.run("memory", environment(baseline, 1), plan=args.plan, **options)
         print(row, flush=True)
         rows.append(row)
     return rows
@@ -145,17 +150,15 @@ def measure_first_step(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [row]
 
 
-def measure_fresh(baseline: str, chosen: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Sections of the parts that are fresh processes."""
+def measure_fresh(baseline: str, args: argparse.Namespace) -> None:
+    """The parts that are fresh processes, into the record."""
     from benchmarks.speed import machine
 
     common = {"machine": machine.describe(), "settings": {"rounds": 1, "quick": args.quick, "baseline": baseline}}
-    sections = {}
-    if "memory" in chosen and baseline != "strict":
-        sections["memory"] = common | {"rows": measure_memory(baseline, args)}
-    if "first-step" in chosen and baseline == "shipped":
-        sections["first-step"] = common | {"rows": measure_first_step(args)}
-    return sections
+    if "memory" in args.only and baseline != "strict":
+        add_section(args.out, "memory", baseline, common | {"rows": measure_memory(baseline, args)})
+    if "first-step" in args.only and baseline == "shipped":
+        add_section(args.out, "first-step", baseline, common | {"rows": measure_first_step(args)})
 
 
 # --------------------------------------------------------------------------------------------------------- the parent
@@ -183,26 +186,25 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure what is chosen, and write record and table after every process."""
+    """Measure what is chosen; record and table are written after every part."""
     args = parse()
     if args.child is not None:
         child(json.loads(args.child), args.out)
         return 0
     from benchmarks.speed.parts import PARTS
-    from ndem_zoo.checkpoint import save_json, write_text
+    from ndem_zoo.checkpoint import save_json
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, which ends the child too
     record = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"sections": {}}
     record |= {"command": "python benchmarks/speed/bench_speed.py" + " --quick" * args.quick, "quick": args.quick}
+    save_json(args.out, record)
     failed = []
     for baseline in args.baselines:
         chosen = [part for part in IN_BASELINES if part in args.only and baseline in PARTS[part][1]]
-        sections, ok = run_child(baseline, chosen, args) if chosen else ({}, True)
-        failed += [] if ok else [baseline]
-        sections |= measure_fresh(baseline, args.only, args)
-        record["sections"] |= {f"{part}/{baseline}": section for part, section in sections.items()}
-        save_json(args.out, record)
-        write_text(args.out.with_suffix(".md"), table.render(record))
-    print("\n" + table.render(record))
+        if chosen and not run_child(baseline, chosen, args):
+            failed.append(baseline)
+        measure_fresh(baseline, args)
+    print("\n" + args.out.with_suffix(".md").read_text(encoding="utf-8"))
     if failed:
         print(f"not finished: {', '.join(failed)}; what was finished is in {args.out}", file=sys.stderr)
     return 1 if failed else 0
