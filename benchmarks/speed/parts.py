@@ -176,7 +176,7 @@ def ndem_agreement(ours: Ours, rival: TorchMDNetRival, inputs: Inputs) -> dict[s
     for name, entrant in (("ours", ours), ("torchmd-net", rival)):
         entrant.optimizer.zero_grad()
         term = entrant.terms(inputs)["ndem"]
-        term.backward()
+        entrant.backward(term)
         found[name] = {"NDeM term": term.detach().double(), "its gradient": contestants.flat_gradients(entrant)}
         entrant.optimizer.zero_grad()
     between = contestants.differences(found["ours"], found["torchmd-net"])
@@ -373,7 +373,8 @@ class BareStep:
 
         self.potential, self.objective = model.potential_.train(), model.objective_
         parameters = [*self.potential.parameters(), *self.objective.parameters()]
-        self.optimizer = contestants.adamw([p for p in parameters if p.requires_grad])
+        self.weights = [p for p in parameters if p.requires_grad]
+        self.optimizer = contestants.adamw(self.weights)
         self.batches = [collate(data, np.arange(8 * i, 8 * i + 8), structures.CUTOFF) for i in range(len(data) // 8)]
         self.rng, self.n = torch.Generator().manual_seed(0), 0
 
@@ -381,7 +382,7 @@ class BareStep:
         """One step, on the next batch."""
         self.optimizer.zero_grad()
         batch = self.batches[self.n % len(self.batches)]
-        sum(self.objective(self.potential, batch, self.rng).values()).backward()
+        sum(self.objective(self.potential, batch, self.rng).values()).backward(inputs=self.weights)
         self.optimizer.step()
         self.n += 1
 
