@@ -336,7 +336,8 @@ def _truth(ours: Ours, inputs: Inputs, gradients: bool) -> dict[str, Tensor]:
     exact.objective.double()
     set_plan(exact.potential, "eager")
     exact.weights = [p for p in nn.ModuleList([exact.potential, exact.objective]).parameters() if p.requires_grad]
-    exact.optimizer = adamw(exact.weights)
+    if gradients:  # frozen weights have none
+        exact.optimizer = adamw(exact.weights)
     # The noise of a float64 batch would be another draw: positions are those of the float32 batch in any case.
     batch = inputs.batch.to(dtype=torch.float64)
     return _numbers(exact, Inputs(batch, inputs.z, inputs.pos, inputs.counts, inputs.cell, inputs.pbc), gradients)
