@@ -32,7 +32,7 @@ $(PYTHON); install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1;
 # One thread a test process: with more, processes on the same cores only wait for each other.
 pytest = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 DGLBACKEND=pytorch $(1)/bin/python -m pytest -n $(JOBS) -q $(PYTEST_FLAGS)
 
-.PHONY: help demo test test-latest lint format docs bench gpu-check setup setup-latest clean
+.PHONY: help demo test test-latest lint format docs bench bench-quick gpu-check setup setup-latest clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -58,11 +58,21 @@ docs: $(VENV)/$(READY)  ## Build the documentation; a warning is an error
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
-# Benchmarks are the scripts benchmarks/<group>/bench_*.py; each writes its JSON and table beside itself.
-bench: $(VENV)/$(READY)  ## Run every benchmark (hours); one of them: make bench BENCH=benchmarks/speed/bench_step.py
-	@set -- $(or $(BENCH),$(sort $(wildcard benchmarks/*/bench_*.py))); \
-	test $$# -gt 0 || { echo "there is no benchmarks/*/bench_*.py" >&2; exit 1; }; \
-	for script; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
+# Benchmarks are the scripts benchmarks/<group>/bench_*.py; each writes its JSON and table beside itself. Those of speed
+# run beside the newest torch and their rivals, the others in the full stack. BENCH_FLAGS go to every script.
+BENCH ?= $(sort $(wildcard benchmarks/*/bench_*.py))
+BENCH_FLAGS ?=
+bench-speed := $(filter benchmarks/speed/%,$(BENCH))
+bench-other := $(filter-out benchmarks/speed/%,$(BENCH))
+
+bench: $(if $(bench-other),$(VENV)/$(READY)) $(if $(bench-speed),$(VENV_LATEST)/$(READY))  ## Run every benchmark (hours); one of them: make bench BENCH=benchmarks/speed/bench_speed.py
+	@test -n "$(BENCH)" || { echo "there is no benchmarks/*/bench_*.py" >&2; exit 1; }
+	$(if $(bench-speed),$(VENV_LATEST)/bin/python -m pip install -q -c $(LATEST) -r benchmarks/speed/requirements.txt)
+	@for script in $(bench-other); do echo "== $$script"; $(VENV)/bin/python $$script $(BENCH_FLAGS) || exit 1; done
+	@for script in $(bench-speed); do echo "== $$script"; $(VENV_LATEST)/bin/python $$script $(BENCH_FLAGS) || exit 1; done
+
+bench-quick: $(VENV_LATEST)/$(READY)  ## Run the speed benchmark in its reduced form (minutes)
+	$(MAKE) bench BENCH=benchmarks/speed/bench_speed.py BENCH_FLAGS=--quick
 
 # With GPU_PYTHON=python the check uses an environment of yours instead of making one.
 gpu-check: $(if $(GPU_PYTHON),,$(VENV)/$(READY))  ## Run the tests and the CPU/GPU comparison on a CUDA device

@@ -86,6 +86,7 @@ def _skip(app, what, name, obj, skip: bool, options) -> bool | None:
 # ------------------------------------------------------------------------------------------- pages made from the code
 
 RESULTS = ROOT / "benchmarks" / "accuracy" / "results"
+SPEED_RESULTS = ROOT / "benchmarks" / "speed" / "results"
 
 
 def _cell(value: object) -> str:
@@ -156,11 +157,12 @@ def parameter_counts() -> str:
     return "\n".join(lines) + "\n"
 
 
-def benchmark_tables() -> str:
-    """Include the committed tables of the accuracy benchmark, or say that there are none."""
-    tables = sorted(RESULTS.glob("*.md"))
+def benchmark_tables(folder: Path | None = None) -> str:
+    """Include the committed tables of a benchmark (default: of accuracy), or say that there are none."""
+    folder = RESULTS if folder is None else folder
+    tables = sorted(folder.glob("*.md"))
     if not tables:
-        return "No table has been committed to `benchmarks/accuracy/results/` yet, so none is shown.\n"
+        return f"No table has been committed to `benchmarks/{folder.parent.name}/results/` yet, so none is shown.\n"
     blocks = [f"```{{include}} {os.path.relpath(path, HERE)}\n:heading-offset: 2\n```\n" for path in tables]
     return "\n".join(blocks)
 
@@ -170,6 +172,7 @@ GENERATED = {
     "objective_options.md": objective_options,
     "parameter_counts.md": parameter_counts,
     "benchmarks.md": benchmark_tables,
+    "speed.md": lambda: benchmark_tables(SPEED_RESULTS),
 }
 
 

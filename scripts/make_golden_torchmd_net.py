@@ -49,8 +49,8 @@ def structures() -> list[Atoms]:
     return [*molecules, Atoms("N", [[0.1, 0.2, 0.3]]), example_cluster()]
 
 
-def torchmd_net_model(options: dict[str, Any]) -> torch.nn.Module:
-    """torchmd-net's ET with the options of `TorchMDNet`, float64."""
+def torchmd_net_model(options: dict[str, Any], precision: int = 64, max_num_neighbors: int = 128) -> torch.nn.Module:
+    """torchmd-net's ET with the options of `TorchMDNet`; `precision` in bits."""
     from torchmdnet.models.model import create_model
 
     arguments = {
@@ -71,8 +71,8 @@ def torchmd_net_model(options: dict[str, Any]) -> torch.nn.Module:
         "neighbor_embedding": True,
         "derivative": True,
         "max_z": 100,
-        "max_num_neighbors": 128,
-        "precision": 64,
+        "max_num_neighbors": max_num_neighbors,
+        "precision": precision,
         "reduce_op": "add",
         "aggr": "add",
         "atom_filter": -1,
