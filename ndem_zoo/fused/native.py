@@ -77,7 +77,9 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"{command[0]}: {error}") from error
     if done.returncode:
-        raise RuntimeError(f"{command[0]} failed: {' '.join((done.stderr or done.stdout).split()[-60:])}")
+        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing was said"]
+        reason = next((line for line in said if "error" in line), said[-1])
+        raise RuntimeError(f"{command[0]} failed: {reason.strip()[:300]}")
     return done.stdout
 
 
@@ -174,8 +176,8 @@ class _Description(ctypes.Structure):
     _fields_: ClassVar[list] = [
         *((name, ctypes.c_int64) for name in ("n", "p", "channels", "heads", "n_rbf", "layers", "has_vec0", "threads")),
         ("n_ranges", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("pair_ptr", "atom_ptr", "z", "first", "second", "geometry", "rbf")),
-        *((name, ctypes.c_void_p) for name in ("rbf_r", "weights", "values")),
+        *((name, ctypes.c_void_p) for name in ("pair_ptr", "atom_ptr", "z", "first", "second", "active")),
+        *((name, ctypes.c_void_p) for name in ("geometry", "rbf", "rbf_r", "weights", "values")),
         ("eps", ctypes.c_double),
     ]
 
@@ -274,7 +276,7 @@ class NativeKernels:
         room = src.shape[0] // 2 + 1
         first, second = (torch.empty(room, dtype=torch.int32) for _ in range(2))
         edge = self.empty(room, 3)
-        arguments = (src.contiguous(), dst.contiguous(), shift.contiguous(), pos, cutoff)
+        arguments = (src.contiguous(), dst.contiguous(), shift.contiguous(), pos, system.contiguous(), float(cutoff))
         found = self._call("find_pairs", pos.dtype, src.shape[0], *arguments, first, second, edge)
         if found < 0:
             return None
@@ -290,7 +292,8 @@ class NativeKernels:
         pairs.geometry = self.empty(p, 8)
         pairs.rbf = self.empty(p + 1, k)
         pairs.rbf_r = self.empty(p, k) if derivative else None
-        arguments = (pairs.edge, means, betas, pairs.geometry, pairs.rbf, pairs.rbf_r)
+        pairs.active = torch.empty(p + 1, dtype=torch.int32)
+        arguments = (pairs.edge, means, betas, pairs.geometry, pairs.rbf, pairs.rbf_r, pairs.active)
         self._call("radial", pairs.edge.dtype, p, k, float(cutoff), int(vector_cutoff), *arguments)
 
     # ---------------------------------------------------------------------------------------------------------- heads
@@ -397,7 +400,7 @@ def _ranges(first: Tensor, system: Tensor, threads: int) -> tuple[Tensor, Tensor
     wanted = torch.arange(1, 4 * threads) * n // (4 * threads)
     inner = begins[torch.searchsorted(begins, wanted).clamp(max=len(begins) - 1)].unique()
     atom_ptr = torch.cat([ends[0][:1], inner[inner > 0], ends[0][1:]])
-    pair_ptr = torch.searchsorted(first.long(), atom_ptr[1:-1])
+    pair_ptr = torch.searchsorted(system[first.long()], system[atom_ptr[1:-1]])
     return torch.cat([ends[1][:1], pair_ptr, ends[1][1:]]), atom_ptr
 
 
@@ -420,7 +423,7 @@ class NativeBackbone(autograd.Passes):
         self._description = _Description(
             pos.shape[0], pairs.p, self._channels, heads, pairs.rbf.shape[1], n_layers, 0, torch.get_num_threads(),
             pairs.atom_ptr.shape[0] - 1,
-            *(t.data_ptr() for t in (pairs.pair_ptr, pairs.atom_ptr, z, pairs.first, pairs.second)),
+            *(t.data_ptr() for t in (pairs.pair_ptr, pairs.atom_ptr, z, pairs.first, pairs.second, pairs.active)),
             *(None if t is None else t.data_ptr() for t in (pairs.geometry, pairs.rbf, pairs.rbf_r)),
             ctypes.addressof(self._addresses), None, eps,
         )  # fmt: skip

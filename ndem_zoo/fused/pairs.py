@@ -16,7 +16,7 @@ class Pairs:
     n : int
         Atoms N.
     first, second : (P,)
-        Atoms i and j; ascending in i.
+        Atoms i and j, by structure.
     edge : (P, 3)
         Vectors from i to j in Å.
     pair_ptr, atom_ptr : (R + 1,) int64 or None
@@ -27,6 +27,8 @@ class Pairs:
         Radial functions times the cutoff function; the last row is that of an atom and itself.
     rbf_r : (P, K) or None
         Their derivatives by the distance.
+    active : (P + 1,) or None
+        Radial functions from this one on are 0 at the distance.
     """
 
     n: int
@@ -38,6 +40,7 @@ class Pairs:
     geometry: Tensor | None = None
     rbf: Tensor | None = None
     rbf_r: Tensor | None = None
+    active: Tensor | None = None
 
     @property
     def p(self) -> int:

@@ -16,7 +16,7 @@ enum { EMBEDDING, NEIGHBOR, DISTANCE, DISTANCE_BIAS, COMBINE, COMBINE_BIAS, OUT_
 struct Description {
     int64_t n, p, channels, heads, n_rbf, layers, has_vec0, threads, n_ranges;
     const int64_t *pair_ptr, *atom_ptr, *z;
-    const int32_t *first, *second;
+    const int32_t *first, *second, *active;
     const void *geometry, *rbf, *rbf_r;  // rbf_r null: no derivatives will be wanted
     const void* const* weights;          // layers * 15 + 8
     void* values;                        // network_size(...) numbers, which the passes share
@@ -113,10 +113,10 @@ struct Network {
     Ranges ranges() const { return {d.n_ranges, d.pair_ptr, d.atom_ptr}; }
     Filters<T> filters(int64_t l) const {
         return {4 * C, d.n_rbf, filter_row, layers[l].filter_t, layers[l].filter_bias, static_cast<const T*>(d.rbf),
-                static_cast<const T*>(d.rbf_r)};
+                static_cast<const T*>(d.rbf_r), d.active};
     }
     Filters<T> embed_filters() const {
-        return {C, d.n_rbf, embed_row, embed_t, embed_bias, static_cast<const T*>(d.rbf), static_cast<const T*>(d.rbf_r)};
+        return {C, d.n_rbf, embed_row, embed_t, embed_bias, static_cast<const T*>(d.rbf), static_cast<const T*>(d.rbf_r), d.active};
     }
 
     // c = [c +] a b^T for a weight b that was transposed into rows of `row`

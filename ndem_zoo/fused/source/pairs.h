@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "product.h"
 
 namespace {
@@ -46,22 +48,30 @@ struct Filters {
     int64_t columns, n_rbf, row;  // row: numbers in a row of the weight, see row_size
     const T *weight_t, *bias;     // (n_rbf, row), (row,)
     const T *rbf, *rbf_r;         // (P + 1, n_rbf), (P, n_rbf)
+    const int32_t* active;        // (P + 1,) radial functions beyond this one are 0 at the pair's distance
 
+    // Neighbors in the list of pairs have similar distances, so that few of the radial functions differ from 0.
+    int64_t used(int64_t begin, int64_t n) const {
+        int32_t most = 1;
+        for (int64_t p = begin; p < begin + n; ++p) most = active[p] > most ? active[p] : most;
+        return most;
+    }
     void make(int64_t begin, int64_t n, T* out) const {
-        product_rows<T>({n, padded(columns), n_rbf, rbf + begin * n_rbf, weight_t, bias, n_rbf, 1, row, row, out, false,
-                         true}, 0, n);
+        product_rows<T>({n, padded(columns), used(begin, n), rbf + begin * n_rbf, weight_t, bias, n_rbf, 1, row, row,
+                         out, false, true}, 0, n);
     }
     void make_r(int64_t begin, int64_t n, T* out) const {
-        product_rows<T>({n, padded(columns), n_rbf, rbf_r + begin * n_rbf, weight_t, nullptr, n_rbf, 1, row, row, out,
-                         false, true}, 0, n);
+        product_rows<T>({n, padded(columns), used(begin, n), rbf_r + begin * n_rbf, weight_t, nullptr, n_rbf, 1, row,
+                         row, out, false, true}, 0, n);
     }
     // Add the gradient of the weight (n_rbf, row), and in one more row of the bias, from adjoints of n filters.
     void gradient(int64_t begin, int64_t n, const T* g, const T* g_r, T* out) const {
-        product_rows<T>({n_rbf, padded(columns), n, rbf + begin * n_rbf, g, nullptr, 1, n_rbf, row, row, out, true,
-                         true}, 0, n_rbf);
+        const int64_t m = used(begin, n);
+        product_rows<T>({m, padded(columns), n, rbf + begin * n_rbf, g, nullptr, 1, n_rbf, row, row, out, true, true}, 0,
+                        m);
         if (g_r)
-            product_rows<T>({n_rbf, padded(columns), n, rbf_r + begin * n_rbf, g_r, nullptr, 1, n_rbf, row, row, out,
-                             true, true}, 0, n_rbf);
+            product_rows<T>({m, padded(columns), n, rbf_r + begin * n_rbf, g_r, nullptr, 1, n_rbf, row, row, out, true,
+                             true}, 0, m);
         column_sum(n, columns, g, row, true, out + n_rbf * row);
     }
     int64_t gradient_size() const { return (n_rbf + 1) * row; }
@@ -850,11 +860,33 @@ inline uint64_t mixed(uint64_t a, uint64_t b) {  // a hash of two numbers: split
     return h ^ (h >> 31);
 }
 
-// One of the two directions of every edge that is not longer than the cutoff: returns the number of pairs, or -1 if
+constexpr int64_t SORTED = 512;  // so many pairs at a time are sorted by distance: see Filters::used
+
+template <class T>
+void sort_pairs(int64_t n, int32_t* first, int32_t* second, T* edge) {
+    struct Pair {
+        T square, edge[3];
+        int32_t first, second;
+    };
+    Pair pairs[SORTED];
+    for (int64_t p = 0; p < n; ++p) {
+        const T* d = edge + 3 * p;
+        pairs[p] = {d[0] * d[0] + d[1] * d[1] + d[2] * d[2], {d[0], d[1], d[2]}, first[p], second[p]};
+        if (!(pairs[p].square >= 0)) pairs[p].square = 0;  // NaN has no place in an order
+    }
+    std::stable_sort(pairs, pairs + n, [](const Pair& a, const Pair& b) { return a.square < b.square; });
+    for (int64_t p = 0; p < n; ++p) {
+        first[p] = pairs[p].first;
+        second[p] = pairs[p].second;
+        std::memcpy(edge + 3 * p, pairs[p].edge, sizeof(pairs[p].edge));
+    }
+}
+
+// One of the two directions of every edge that is not longer than the cutoff, by structure and distance: returns the number of pairs, or -1 if
 // the edges are not symmetric. `edge` (P, 3) is pos[second] + shift - pos[first].
 template <class T>
-int64_t find_pairs(int64_t n_edges, const int64_t* src, const int64_t* dst, const T* shift, const T* pos, T cutoff,
-                   int32_t* first, int32_t* second, T* edge) {
+int64_t find_pairs(int64_t n_edges, const int64_t* src, const int64_t* dst, const T* shift, const T* pos,
+                   const int64_t* system, T cutoff, int32_t* first, int32_t* second, T* edge) {
     int64_t found = 0;
     uint64_t balance = 0;
     for (int64_t e = 0; e < n_edges; ++e) {
@@ -875,13 +907,18 @@ int64_t find_pairs(int64_t n_edges, const int64_t* src, const int64_t* dst, cons
         for (int k = 0; k < 3; ++k) edge[3 * found + k] = d[k];
         ++found;
     }
-    return balance == 0 ? found : -1;
+    if (balance != 0) return -1;
+    for (int64_t begin = 0, end; begin < found; begin = end) {
+        for (end = begin; end < found && end < begin + SORTED && system[first[end]] == system[first[begin]];) ++end;
+        sort_pairs(end - begin, first + begin, second + begin, edge + 3 * begin);
+    }
+    return found;
 }
 
 // Geometry of the pairs, and the radial functions of their distances (row P: distance 0) and derivatives by distance.
 template <class T>
 void radial(int64_t p, int64_t K, T cutoff, int64_t vector_cutoff, const T* edge, const T* means, const T* betas,
-            Geometry<T>* geometry, T* rbf, T* rbf_r) {
+            Geometry<T>* geometry, T* rbf, T* rbf_r, int32_t* active) {
     const T pi = T(3.14159265358979323846), alpha = T(5) / cutoff;
     constexpr int L = Number<T>::lanes;
     const int64_t K2 = padded(K);
@@ -908,6 +945,8 @@ void radial(int64_t p, int64_t K, T cutoff, int64_t vector_cutoff, const T* edge
             const Vec<T, L> away = decay - load<T, L>(mean + k);
             store<T, L>(value + k, exponential<T, L>(-(load<T, L>(beta + k) * away * away)));
         }
+        active[e] = int32_t(K);
+        while (active[e] > 1 && value[active[e] - 1] < Number<T>::nothing) --active[e];
         for (int64_t k = 0; k < K; ++k) {
             rbf[e * K + k] = g.phi * value[k];
             if (rbf_r && e < p)

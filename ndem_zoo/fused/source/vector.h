@@ -28,14 +28,16 @@ template <>
 struct Number<float> {
     typedef int32_t integer;
     static constexpr int lanes = 16, mantissa = 23, bias = 127, degree = 7;
-    static constexpr float magic = 12582912.0f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f, largest = 87.0f;
+    static constexpr float magic = 12582912.0f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f, largest = 87.0f,
+                           nothing = 1e-12f;  // beside 1, far below what rounding leaves
 };
 template <>
 struct Number<double> {
     typedef int64_t integer;
     static constexpr int lanes = 8, mantissa = 52, bias = 1023, degree = 13;
     static constexpr double magic = 6755399441055744.0, ln2_high = 6.93147180369123816490e-01,
-                            ln2_low = 1.90821492927058770002e-10, largest = 708.0;
+                            ln2_low = 1.90821492927058770002e-10, largest = 708.0,
+                            nothing = 1e-24;
 };
 
 template <class T, int W>
