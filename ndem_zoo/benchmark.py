@@ -148,7 +148,7 @@ def benchmark(
     settings = TrainSettings(**own | given)
     device = torch_device(model.device)
     potential, objective = copy.deepcopy((model.potential_, model.objective_))
-    potential.to(device)
+    potential.to(device).backbone.use_plan(model.plan, device)
     inference = _inference(potential, columns, settings.eval_batch_size, device, steps, rounds)
     training = None
     if objective.requires <= set(columns.targets):
@@ -160,7 +160,7 @@ def benchmark(
             "name": type(model).__name__,
             "n_parameters": model.potential_.n_parameters,
             "objective": model.resolved_["objective"]["name"],
-            "plan": getattr(potential.backbone, "plan", None),
+            "plan": potential.backbone.plan,
             "precision": settings.precision,
         },
         "data": {"name": columns.name, "n_structures": len(columns), "mean_atoms": float(columns.counts.mean())},

@@ -128,6 +128,7 @@ class NDeMCalculator(Calculator):
         self.device = torch_device(model.device if device is None else device)
         self.dtype = _DTYPES[precision or model.resolved_["settings"]["precision"]]
         self._potential = potential.to(self.device, self.dtype).eval()
+        self._potential.backbone.use_plan(model.plan, self.device)
         self._known = dict(model.reference_)
         self._edges: _Edges | None = None
         self.neighbor_searches = 0

@@ -351,7 +351,7 @@ def info(
 def _print_benchmark(record: Mapping[str, Any]) -> None:
     """What was measured, and how fast it was."""
     model, data, machine = record["model"], record["data"], record["environment"]
-    plan = "" if model["plan"] is None else f", plan {model['plan']}"
+    plan = f", plan {model['plan']}"
     print(
         f"{model['name']} ({model['n_parameters']:,} parameters, objective {model['objective']}, "
         f"{model['precision']}{plan}) on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}"

@@ -75,12 +75,13 @@ class Ensemble:
         self._size = len(members)
         self.stacked = self.device.type == "cuda" if stacked is None else stacked
         self._potentials = [potential.to(self.device).eval() for potential in potentials]
+        for potential, model in zip(potentials, members, strict=True):
+            potential.backbone.use_plan(model.plan, self.device)
         if self.stacked:
             parameters, buffers = stack_module_state(self._potentials)
             self._state = {name: value.detach() for name, value in {**parameters, **buffers}.items()}
             self._network, self._potentials = self._potentials[0], []  # calls replace the weights that it has
-            if hasattr(self._network.backbone, "plan"):
-                self._network.backbone.plan = "eager"  # a fused plan cannot be mapped over a stack of weights
+            self._network.backbone.plan = "eager"  # a fused plan cannot be mapped over a stack of weights
 
     def __len__(self) -> int:
         return self._size

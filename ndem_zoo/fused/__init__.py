@@ -1,1 +1,10 @@
-"""Faster ways to run the same networks: an execution plan with hand-written derivatives, and its kernels."""
+"""The fused execution plan: the same networks with hand-written derivatives, in native code on a CPU.
+
+`features` and `head` are what backbone and heads call; both return None where the plan does not apply. `backbone.py`
+explains the passes.
+"""
+
+from ndem_zoo.fused.backbone import features
+from ndem_zoo.fused.heads import run as head
+
+__all__ = ["features", "head"]

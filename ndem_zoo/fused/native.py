@@ -2,8 +2,8 @@
 
 Installing the package needs no compiler. The first fused pass on a CPU calls the one that is there (CXX, or c++, g++,
 clang++) once, for some 20 seconds, and keeps the library in the user's cache folder under a name that holds a hash of
-source, compiler, flags and processor. Where that is impossible, `library` returns None, and the same passes run on
-`torch_kernels.TorchKernels`.
+source, compiler, flags and processor. Where that is impossible, `library` returns None, and networks run
+their eager plan.
 """
 
 from __future__ import annotations
@@ -20,15 +20,11 @@ import subprocess
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-
-from ndem_zoo.fused import autograd
-from ndem_zoo.fused.pairs import Pairs
 
 SOURCE = Path(__file__).with_name("source")
 
@@ -37,6 +33,9 @@ FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", 
 
 #: Choice: a compiler that takes longer than this (s) is given up.
 TIMEOUT = 300
+
+#: What there are compiled forms for.
+DTYPES = (torch.float32, torch.float64)
 
 #: How many native kernels have run in this process: what a count of launches adds to those that torch sees.
 calls = 0
@@ -141,8 +140,8 @@ def library() -> Library | None:
         return Library(build(cache_folder()))
     except (OSError, RuntimeError) as error:
         warnings.warn(
-            f"the native kernels are not available ({error}); the fused plan runs on PyTorch's own operations instead, "
-            "with the same results and less speed",
+            f"the native kernels are not available ({error}); the eager plan is used instead, with the same results and "
+            "less speed",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -168,18 +167,6 @@ class Library:
             function.argtypes = [kinds.get(type(argument), ctypes.c_void_p) for argument in arguments]
             self._functions[name, dtype] = function
         return function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
-
-
-class _Description(ctypes.Structure):
-    """`Description` of network.h."""
-
-    _fields_: ClassVar[list] = [
-        *((name, ctypes.c_int64) for name in ("n", "p", "channels", "heads", "n_rbf", "layers", "has_vec0", "threads")),
-        ("n_ranges", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("pair_ptr", "atom_ptr", "z", "first", "second", "active")),
-        *((name, ctypes.c_void_p) for name in ("geometry", "rbf", "rbf_r", "weights", "values")),
-        ("eps", ctypes.c_double),
-    ]
 
 
 class Workspace:
@@ -219,11 +206,10 @@ class Workspace:
         return torch.empty(-(-size // self.BLOCK) * self.BLOCK, dtype=self._dtype)
 
 
-class NativeKernels:
-    """Pairs, matrix products and the kernels of heads, as methods on CPU tensors of float32 or float64.
+class Kernels:
+    """The compiled functions as methods on CPU tensors of float32 or float64.
 
-    Same interface as that part of `torch_kernels.TorchKernels`. Arguments must be contiguous, of one dtype. Results live
-    in a workspace, as long as this object does.
+    Arguments must be contiguous, of one dtype. Results live in a workspace, as long as this object does.
     """
 
     def __init__(self, library: Library, dtype: torch.dtype) -> None:
@@ -234,9 +220,9 @@ class NativeKernels:
         """Call a function in the form for this dtype."""
         return self._call(name, self._dtype, *arguments)
 
-    def like(self) -> NativeKernels:
+    def like(self) -> Kernels:
         """The same kernels with a workspace of their own."""
-        return NativeKernels(self._library, self._dtype)
+        return Kernels(self._library, self._dtype)
 
     def empty(self, *shape: int) -> Tensor:
         """A tensor with arbitrary content."""
@@ -248,7 +234,7 @@ class NativeKernels:
     def product(
         self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False
     ) -> Tensor:
-        """a b + bias, or with `add` out + a b; `a` (M, K) of any strides, rows of `b` (K, N) contiguous."""
+        """A b + bias, or with `add` out + a b; `a` (M, K) of any strides, rows of `b` (K, N) contiguous."""
         (m, k), n = a.shape, b.shape[1]
         out = self._workspace.empty(m, n) if out is None else out
         strides = (a.stride(0), a.stride(1), b, b.stride(0), bias, out, out.stride(0))
@@ -266,35 +252,6 @@ class NativeKernels:
         out = torch.empty(values.shape[1], dtype=values.dtype)
         self._call("column_sum", values.dtype, *values.shape, values, out)
         return out
-
-    # -------------------------------------------------------------------------------------------------------- pairs
-
-    def pairs(
-        self, src: Tensor, dst: Tensor, shift: Tensor, pos: Tensor, system: Tensor, cutoff: float
-    ) -> Pairs | None:
-        """Pairs within the cutoff in Å; None if the edges do not hold both directions of each."""
-        room = src.shape[0] // 2 + 1
-        first, second = (torch.empty(room, dtype=torch.int32) for _ in range(2))
-        edge = self.empty(room, 3)
-        arguments = (src.contiguous(), dst.contiguous(), shift.contiguous(), pos, system.contiguous(), float(cutoff))
-        found = self._call("find_pairs", pos.dtype, src.shape[0], *arguments, first, second, edge)
-        if found < 0:
-            return None
-        first, second = first[:found], second[:found]
-        pair_ptr, atom_ptr = _ranges(first, system, torch.get_num_threads())
-        return Pairs(pos.shape[0], first, second, edge[:found], pair_ptr, atom_ptr)
-
-    def radial(
-        self, pairs: Pairs, cutoff: float, vector_cutoff: bool, means: Tensor, betas: Tensor, derivative: bool
-    ) -> None:
-        """Set `geometry`, `rbf` and `rbf_r` of the pairs."""
-        p, k = pairs.p, means.shape[0]
-        pairs.geometry = self.empty(p, 8)
-        pairs.rbf = self.empty(p + 1, k)
-        pairs.rbf_r = self.empty(p, k) if derivative else None
-        pairs.active = torch.empty(p + 1, dtype=torch.int32)
-        arguments = (pairs.edge, means, betas, pairs.geometry, pairs.rbf, pairs.rbf_r, pairs.active)
-        self._call("radial", pairs.edge.dtype, p, k, float(cutoff), int(vector_cutoff), *arguments)
 
     # ---------------------------------------------------------------------------------------------------------- heads
 
@@ -356,18 +313,14 @@ class NativeKernels:
         self._block("gate_forward", ab.shape[1] - o, o, int(activate), u, ab, s, v)
         return s, v
 
-    def gate_backward(
-        self, u: Tensor, ab: Tensor, g_s: Tensor, g_v: Tensor, activate: bool
-    ) -> tuple[Tensor, Tensor]:
+    def gate_backward(self, u: Tensor, ab: Tensor, g_s: Tensor, g_v: Tensor, activate: bool) -> tuple[Tensor, Tensor]:
         """Adjoints of u, and of [a | b] with that of a still open."""
         o, g_ab, g_u = u.shape[1] // 2, self._like(ab), self._like(u)
         self._call("gate_backward", u.dtype, lanes(o), u.shape[0], ab.shape[1] - o, o, int(activate), u, ab, g_s, g_v,
                    g_u, g_ab)  # fmt: skip
         return g_u, g_ab
 
-    def gate_tangent(
-        self, u: Tensor, ab: Tensor, u_t: Tensor, ab_t: Tensor, activate: bool
-    ) -> tuple[Tensor, Tensor]:
+    def gate_tangent(self, u: Tensor, ab: Tensor, u_t: Tensor, ab_t: Tensor, activate: bool) -> tuple[Tensor, Tensor]:
         """Tangents of scalars and vectors of the block."""
         n, o = u.shape[0], u.shape[1] // 2
         s_t, v_t = self.empty(n, o), self.empty(n, 3, o)
@@ -388,94 +341,3 @@ class NativeKernels:
 def lanes(channels: int) -> int:
     """The largest power of two up to 16 that divides `channels`: how many of them one operation works on."""
     return min(16, channels & -channels)
-
-
-def _ranges(first: Tensor, system: Tensor, threads: int) -> tuple[Tensor, Tensor]:
-    """Pairs and atoms cut into ranges of whole structures, several for each thread: (R + 1,) each."""
-    n, p = system.shape[0], first.shape[0]
-    ends = torch.tensor([0, n]), torch.tensor([0, p])
-    if threads == 1 or n == 0:
-        return ends[1], ends[0]
-    begins = torch.cat([ends[0][:1], (system[1:] != system[:-1]).nonzero().flatten() + 1])  # first atom of each structure
-    wanted = torch.arange(1, 4 * threads) * n // (4 * threads)
-    inner = begins[torch.searchsorted(begins, wanted).clamp(max=len(begins) - 1)].unique()
-    atom_ptr = torch.cat([ends[0][:1], inner[inner > 0], ends[0][1:]])
-    pair_ptr = torch.searchsorted(system[first.long()], system[atom_ptr[1:-1]])
-    return torch.cat([ends[1][:1], pair_ptr, ends[1][1:]]), atom_ptr
-
-
-class NativeBackbone(autograd.Passes):
-    """One evaluation of the network, from (positions, first vectors or None) to (scalars, vectors), in one call a pass.
-
-    The same passes as `plan.BackbonePasses`; see `source/network.h`.
-    """
-
-    def __init__(
-        self, kernels: NativeKernels, pairs: Pairs, z: Tensor, pos: Tensor, weights: list[Tensor], n_layers: int,
-        heads: int, eps: float,
-    ) -> None:  # fmt: skip
-        super().__init__(pos)
-        self.kernels, self._weights, self._n = kernels, weights, pos.shape[0]
-        self._channels = weights[1].shape[0]
-        self._width = lanes(self._channels // heads)
-        self._kept = pairs, z  # whose addresses the description holds
-        self._addresses = _addresses(weights)
-        self._description = _Description(
-            pos.shape[0], pairs.p, self._channels, heads, pairs.rbf.shape[1], n_layers, 0, torch.get_num_threads(),
-            pairs.atom_ptr.shape[0] - 1,
-            *(t.data_ptr() for t in (pairs.pair_ptr, pairs.atom_ptr, z, pairs.first, pairs.second, pairs.active)),
-            *(None if t is None else t.data_ptr() for t in (pairs.geometry, pairs.rbf, pairs.rbf_r)),
-            ctypes.addressof(self._addresses), None, eps,
-        )  # fmt: skip
-
-    def _call(self, name: str, *arguments: Tensor | int | None) -> None:
-        self.kernels.call(name, self._width, ctypes.addressof(self._description), *arguments)
-
-    def _memory(self, kind: int) -> Tensor:
-        size = self.kernels.call("network_size", ctypes.addressof(self._description), kind)
-        return self.kernels.empty(size)
-
-    def forward(self, _: Tensor, vec: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scalars (N, C) and vectors (N, 3, C) of the atoms."""
-        vec = None if vec is None else vec.detach().contiguous()
-        self._description.has_vec0 = int(vec is not None)
-        values = self._memory(0)
-        self._description.values = values.data_ptr()
-        x, out = values.new_empty(self._n, self._channels), values.new_empty(self._n, 3, self._channels)
-        self._call("network_forward", vec, x, out)
-        return x, out
-
-    def backward(self, g_x: Tensor, g_vec: Tensor, *, keep: bool) -> tuple[tuple[Tensor, None], Tensor | None]:
-        """Adjoints of the positions, from those of the features."""
-        adjoints, g_pos = self._memory(1) if keep else None, g_x.new_empty(self._n, 3)
-        self._call("network_backward", g_x, g_vec, adjoints, g_pos)
-        return (g_pos, None), adjoints
-
-    def tangent(self, pos_t: Tensor, _: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Derivatives of the features along a displacement (N, 3) of the atoms."""
-        tangents = self._memory(2)
-        x_t, vec_t = pos_t.new_empty(self._n, self._channels), pos_t.new_empty(self._n, 3, self._channels)
-        self._call("network_tangent", pos_t, tangents, x_t, vec_t)
-        return (x_t, vec_t), tangents
-
-    def gradient(
-        self, m_x: Tensor, m_vec: Tensor, *, second: tuple[Tensor, Tensor] | None, wanted: tuple[bool, ...]
-    ) -> tuple[tuple[Tensor | None, Tensor | None], list[Tensor | None]]:
-        """Adjoints of positions (first order only) and first vectors, and gradients by all weights."""
-        gradients = [torch.empty_like(weight) for weight in self._weights]
-        for embedding in gradients[-8:-6]:
-            embedding.zero_()
-        adjoints, tangents = (None, None) if second is None else second
-        g_pos = m_x.new_empty(self._n, 3) if wanted[0] and second is None else None
-        g_vec0 = torch.empty_like(m_vec) if self._description.has_vec0 else None
-        out = _addresses(gradients)
-        self._call("network_gradient", m_x, m_vec, adjoints, tangents, ctypes.addressof(out), g_pos, g_vec0)
-        if g_vec0 is None:
-            gradients[10] = None  # projections of vectors that are zero
-        return (g_pos, g_vec0), gradients
-
-    check_second_order = autograd.refuse_second_order
-
-
-def _addresses(tensors: list[Tensor]) -> ctypes.Array:
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

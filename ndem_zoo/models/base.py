@@ -10,6 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -71,6 +72,27 @@ class Backbone(nn.Module, ABC):
         node_vectors : (N, 3), optional
             A vector per atom that the features may depend on (force encoding); without unit.
         """
+
+    def use_plan(self, plan: str, device: torch.device) -> None:
+        """Choose how the pass is run.
+
+        Parameters
+        ----------
+        plan
+            One of `plans`, or ``"auto"``: ``"fused"`` on a CPU where the backbone has it, else ``"eager"``.
+        device
+            Where it will run.
+
+        Raises
+        ------
+        ConfigError
+            If the backbone does not have the plan.
+        """
+        if plan == "auto":
+            plan = "fused" if "fused" in self.plans and device.type == "cpu" else "eager"
+        if plan not in self.plans:
+            raise ConfigError(f"plan={plan!r}; {type(self).__name__} has auto, {', '.join(self.plans)}")
+        self.plan = plan
 
     @abstractmethod
     def scalar_head(self) -> Head:

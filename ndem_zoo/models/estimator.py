@@ -92,6 +92,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         See `ndem_zoo.training.TrainSettings`. With `max_atoms` and no `batch_size`, only atoms are counted.
     prefetch : bool, optional
         Likewise; None: on a GPU only.
+    plan : str
+        How the network is run, with the same results to rounding: ``"eager"`` (plain operations), ``"fused"`` (hand-written
+        derivatives, on a CPU in native code) or ``"auto"`` (fused on a CPU where the backbone has it, else eager).
     progress : bool
         Whether `fit` shows progress.
 
@@ -149,6 +152,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         early_stopping: int | None = None,
         validate_every: int | None = None,
         prefetch: bool | None = None,
+        plan: str = "auto",
         progress: bool = True,
     ) -> None:
         self.preset = preset
@@ -184,6 +188,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.early_stopping = early_stopping
         self.validate_every = validate_every
         self.prefetch = prefetch
+        self.plan = plan
         self.progress = progress
 
     # --------------------------------------------------------------------------------------------------- training
@@ -288,6 +293,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self, train_set: MolecularDataset, valid_set: MolecularDataset | None, limits: dict[str, Any], **options: Any
     ) -> NDeMModel:
         """Run the loop and keep its history."""
+        self.potential_.backbone.use_plan(self.plan, torch_device(self.device))
         self.training_data_ = {
             "name": train_set.name,
             "n_train": len(train_set),
@@ -521,7 +527,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         structures = as_dataset(dataset)
         check_structures(structures)
         check_known_elements(structures.z, structures.ptr, self.reference_)
-        potential.to(torch_device(self.device))
+        potential.to(torch_device(self.device)).backbone.use_plan(self.plan, torch_device(self.device))
         return predict_columns(potential, structures, self.resolved_["settings"]["eval_batch_size"]), structures
 
     def _fitted(self) -> Potential:

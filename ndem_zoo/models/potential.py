@@ -121,7 +121,10 @@ class Potential(nn.Module):
             return self._evaluate(batch, node_vectors, need_forces)
         create_graph = self.training if create_graph is None else create_graph
         with torch.enable_grad():
-            pos = batch.pos if batch.pos.requires_grad else batch.pos.detach().requires_grad_()
+            pos = batch.pos
+            if not pos.requires_grad:
+                pos = pos.detach().requires_grad_()
+                pos.is_private = True  # nobody can ask for its gradient: see ndem_zoo.fused
             prediction = self._evaluate(batch.replace(pos=pos), node_vectors, need_forces=False)
             forces = forces_from_energy(prediction.energy, pos, create_graph)
         if not create_graph:

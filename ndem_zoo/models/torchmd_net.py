@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ndem_zoo import fused
 from ndem_zoo.errors import ConfigError
-from ndem_zoo.graph import Batch, sum_by_index, sum_over_neighbors
+from ndem_zoo.graph import Batch, sum_by_index
 from ndem_zoo.models.base import Backbone, Features, Head
 from ndem_zoo.models.estimator import NDeMModel
 from ndem_zoo.physics import MAX_Z, safe_norm
@@ -65,10 +66,12 @@ class NeighborEmbedding(nn.Module):
         self.combine = nn.Linear(2 * channels, channels)
         _reset_linear(self.distance_proj, self.combine)
 
-    def forward(self, x: Tensor, batch: Batch, distance: Tensor, rbf: Tensor) -> Float[Tensor, "N C"]:
+    def forward(
+        self, x: Tensor, z: Tensor, src: Tensor, dst: Tensor, distance: Tensor, rbf: Tensor
+    ) -> Float[Tensor, "N C"]:
         """x_i <- W [x_i ; sum_j Emb(z_j) (W_d e(d_ij) + b_d) phi(d_ij)] + b, over neighbors j != i."""
         weight = self.distance_proj(rbf) * cosine_cutoff(distance, self.cutoff).unsqueeze(-1)  # (E, C)
-        neighbors = sum_over_neighbors(self.embedding(batch.z).index_select(0, batch.src) * weight, batch)
+        neighbors = sum_by_index(self.embedding(z).index_select(0, src) * weight, dst, x.shape[0])
         return self.combine(torch.cat([x, neighbors], dim=-1))
 
 
@@ -215,21 +218,22 @@ class TorchMDNet(Backbone):
             If `node_vectors` are given to a backbone without ``encode_vectors=True``.
         """
         vec = self._initial_vectors(batch, node_vectors)
-        if self.plan == "fused":
-            from ndem_zoo.fused.plan import features
-
-            found = features(self, batch, vec)
-            if found is not None:
-                return Features(*found)
+        if self.plan == "fused" and (found := fused.features(self, batch, vec)) is not None:
+            return Features(*found)
         n = batch.z.shape[0]
-        edge = batch.vectors()
+        edge, src, dst = batch.vectors(), batch.src, batch.dst
         distance = safe_norm(edge)
+        if (
+            distance.device.type == "cpu"
+        ):  # edges beyond the cutoff give exact zeros; looking for them costs a GPU's wait
+            near = (distance < self.cutoff).nonzero().flatten()
+            edge, distance, src, dst = (t.index_select(0, near) for t in (edge, distance, src, dst))
         rbf = self.distance_expansion(distance)
-        x = self.neighbor_embedding(self.embedding(batch.z), batch, distance, rbf)
+        x = self.neighbor_embedding(self.embedding(batch.z), batch.z, src, dst, distance, rbf)
 
         # Attention includes the atom itself, at distance 0 and without direction.
         loop = torch.arange(n, device=x.device)
-        src, dst = torch.cat([batch.src, loop]), torch.cat([batch.dst, loop])
+        src, dst = torch.cat([src, loop]), torch.cat([dst, loop])
         unit = torch.cat([edge / distance.masked_fill(distance == 0, 1.0).unsqueeze(-1), edge.new_zeros(n, 3)])
         zeros = distance.new_zeros(n)
         distance, rbf = torch.cat([distance, zeros]), torch.cat([rbf, self.distance_expansion(zeros)])
@@ -289,9 +293,7 @@ class _GatedHead(Head):
     def both(self, features: Features) -> tuple[Tensor, Tensor]:
         """Scalar (N, 1) and vector (N, 3, 1) output."""
         if hasattr(features.scalars, "passes"):  # made by the fused plan
-            from ndem_zoo.fused import head
-
-            found = head.run(list(self.output_network), features)
+            found = fused.head(list(self.output_network), features)
             if found is not None:
                 return found
         scalars, vectors = features.scalars, features.vectors

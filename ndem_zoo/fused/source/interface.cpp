@@ -45,8 +45,8 @@
         column_sum<T>(m, n, values, n, false, out);                                                                   \
     }                                                                                                                 \
     int64_t find_pairs_##NAME(int64_t n_edges, const int64_t* src, const int64_t* dst, const T* shift, const T*       \
-        pos, const int64_t* system, double cutoff, int32_t* first, int32_t* second, T* edge) {                                               \
-        return find_pairs<T>(n_edges, src, dst, shift, pos, system, T(cutoff), first, second, edge);                          \
+        pos, const int64_t* system, double cutoff, int64_t room, int32_t* first, int32_t* second, T* edge) {                                               \
+        return find_pairs<T>(n_edges, src, dst, shift, pos, system, T(cutoff), room, first, second, edge);                          \
     }                                                                                                                 \
     void radial_##NAME(int64_t p, int64_t k, double cutoff, int64_t vector_cutoff, const T* edge, const T*            \
         means, const T* betas, T* geometry, T* rbf, T* rbf_r, int32_t* active) {                                                       \

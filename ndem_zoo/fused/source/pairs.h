@@ -886,7 +886,7 @@ void sort_pairs(int64_t n, int32_t* first, int32_t* second, T* edge) {
 // the edges are not symmetric. `edge` (P, 3) is pos[second] + shift - pos[first].
 template <class T>
 int64_t find_pairs(int64_t n_edges, const int64_t* src, const int64_t* dst, const T* shift, const T* pos,
-                   const int64_t* system, T cutoff, int32_t* first, int32_t* second, T* edge) {
+                   const int64_t* system, T cutoff, int64_t room, int32_t* first, int32_t* second, T* edge) {
     int64_t found = 0;
     uint64_t balance = 0;
     for (int64_t e = 0; e < n_edges; ++e) {
@@ -902,6 +902,7 @@ int64_t find_pairs(int64_t n_edges, const int64_t* src, const int64_t* dst, cons
             square += d[k] * d[k];
         }
         if (square > cutoff * cutoff) continue;  // NaN stays
+        if (found == room) return -1;
         first[found] = i;
         second[found] = j;
         for (int k = 0; k < 3; ++k) edge[3 * found + k] = d[k];

@@ -15,8 +15,7 @@ from torch import Tensor
 from ndem_zoo.fused import autograd
 
 if TYPE_CHECKING:
-    from ndem_zoo.fused.native import NativeKernels
-    from ndem_zoo.fused.torch_kernels import TorchKernels
+    from ndem_zoo.fused.native import Kernels
     from ndem_zoo.models.base import Features
     from ndem_zoo.models.torchmd_net import GatedEquivariantBlock
 
@@ -64,7 +63,7 @@ class HeadPasses(autograd.Passes):
     """One evaluation of a head, from (scalars, vectors) to those of its last block."""
 
     def __init__(
-        self, kernels: NativeKernels | TorchKernels, pos: Tensor, blocks: list[GatedEquivariantBlock],
+        self, kernels: Kernels, pos: Tensor, blocks: list[GatedEquivariantBlock],
         weights: list[Tensor],
     ) -> None:  # fmt: skip
         super().__init__(pos)
