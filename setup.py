@@ -119,6 +119,8 @@ setup(
             "py.typed",
             "datasets/sample/*.npz",
             "datasets/sample/*.md",
+            "fused/source/*.h",
+            "fused/source/*.cpp",
             "schnetpack/configs/**/*.yaml",
         ]
     },

@@ -38,11 +38,15 @@ def objective_pairs() -> list[tuple[str, testing.common.Probe]]:
     return [(name, p) for name in OBJECTIVES for p in testing.objective_probes(lookup(OBJECTIVES, name, "objective"))]
 
 
+#: Backbones with each of their plans.
+PLANS = [(name, plan) for name in BACKBONES for plan in lookup(BACKBONES, name, "backbone").plans]
+
+
 @pytest.mark.parametrize("probe", testing.BACKBONE_PROBES, ids=name_of)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(("name", "plan"), PLANS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_backbone(device, name, probe):
-    probe(testing.BackboneCase.of(name, device=device, golden=GOLDEN.get(name)))
+def test_backbone(device, name, plan, probe):
+    probe(testing.BackboneCase.of(name, device=device, golden=GOLDEN.get(name), plan=plan))
 
 
 def test_every_backbone_has_golden_numbers():
@@ -50,9 +54,10 @@ def test_every_backbone_has_golden_numbers():
 
 
 @pytest.mark.parametrize(("name", "probe"), objective_pairs(), ids=name_of)
+@pytest.mark.parametrize("plan", lookup(BACKBONES, "torchmd_net", "backbone").plans)
 @pytest.mark.parametrize("device", DEVICES)
-def test_objective(device, name, probe):
-    probe(testing.ObjectiveCase.of(name, device=device))
+def test_objective(device, plan, name, probe):
+    probe(testing.ObjectiveCase.of(name, device=device, plan=plan))
 
 
 # ------------------------------------------------------------------------------------------------------------- datasets

@@ -51,8 +51,10 @@ def cache_folder() -> Path:
 
 
 def _compiler() -> str | None:
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((path for path in map(shutil.which, candidates) if path), None)
+    """The chosen compiler, or the first that is found; None if there is none."""
+    if os.environ.get("CXX"):
+        return os.environ["CXX"]
+    return next((path for path in map(shutil.which, ["c++", "g++", "clang++"]) if path), None)
 
 
 def _processor() -> str:
@@ -61,6 +63,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
         return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
     return platform.processor() + platform.machine()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _run(command: list[str]) -> str:
@@ -99,7 +105,8 @@ def build(folder: Path) -> Path:
     source = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.iterdir()) if path.suffix in (".h", ".cpp")]
     identity = "\n".join([*source, version, " ".join(FLAGS), _processor()])
     library = folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
-    if library.exists():
+    checksum = library.with_suffix(".sha256")  # a library that was cut short could end the whole process
+    if library.exists() and checksum.exists() and checksum.read_text(encoding="ascii") == _sha256(library):
         return library
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
@@ -115,7 +122,10 @@ def build(folder: Path) -> Path:
             except RuntimeError:
                 if attempt == len(attempts) - 1:
                     raise
+        written = Path(scratch) / checksum.name
+        written.write_text(_sha256(result), encoding="ascii")
         os.replace(result, library)
+        os.replace(written, checksum)
     return library
 
 

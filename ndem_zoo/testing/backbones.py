@@ -6,6 +6,7 @@ runner can show them one by one. Weights are filled by a formula, so that number
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,7 @@ def check_backbone(
     device: str = "cpu",
     *,
     golden: Mapping[str, Any] | None = None,
+    plan: str = "eager",
     skip: Sequence[str] = (),
 ) -> None:
     """Hold a backbone to its contract.
@@ -68,6 +70,8 @@ def check_backbone(
         Where to run.
     golden
         Numbers of `golden_numbers` from an earlier version, to compare with.
+    plan
+        How to run it.
     skip
         Names of probes to leave out, such as ``"smooth_cutoff"`` for a backbone that documents a discontinuity.
 
@@ -76,7 +80,7 @@ def check_backbone(
     AssertionError
         If a probe fails; lists all that do.
     """
-    run_probes(BACKBONE_PROBES, BackboneCase.of(backbone, options, device, golden), skip)
+    run_probes(BACKBONE_PROBES, BackboneCase.of(backbone, options, device, golden, plan), skip)
 
 
 class Outcome(NamedTuple):
@@ -104,6 +108,8 @@ class BackboneCase:
         Where to run.
     golden : mapping or None
         Stored numbers to compare with.
+    plan : str
+        How the backbone is run.
     """
 
     name: str
@@ -111,6 +117,7 @@ class BackboneCase:
     options: dict[str, Any]
     device: str = "cpu"
     golden: Mapping[str, Any] | None = None
+    plan: str = "eager"
 
     @classmethod
     def of(
@@ -119,10 +126,11 @@ class BackboneCase:
         options: Mapping[str, Any] | None = None,
         device: str = "cpu",
         golden: Mapping[str, Any] | None = None,
+        plan: str = "eager",
     ) -> BackboneCase:
         """A case from a name in the registry or a class."""
         name, found = resolve(BACKBONES, backbone, "backbone")
-        return cls(name, found, {**found.tiny, **(options or {})}, device, golden)
+        return cls(name, found, {**found.tiny, **(options or {})}, device, golden, plan)
 
     @property
     def cutoff(self) -> float:
@@ -134,6 +142,7 @@ class BackboneCase:
     ) -> Potential:
         """A potential with reproducible weights, in evaluation mode."""
         potential = Potential(self.cls(**self.options), forces=forces, scale=0.7)
+        potential.backbone.use_plan(self.plan, torch.device(device or self.device))
         return fill_weights(potential).to(device=device or self.device, dtype=dtype).eval()
 
     def vector_head(self, potential: Potential, device: str | None = None) -> Head:
@@ -364,6 +373,8 @@ def second_derivatives(case: BackboneCase) -> None:
         torch.autograd.gradgradcheck(energy, (pos,), fast_mode=True, nondet_tol=1e-12)
     except RuntimeError as error:
         raise AssertionError(f"gradgradcheck: {error}") from error
+    except ConfigError as error:  # a plan may refuse them, but not give wrong ones
+        require(case.plan != "eager" and "eager" in str(error), f"second derivatives are refused: {error}")
 
 
 def force_loss_gradient(case: BackboneCase) -> None:
@@ -475,6 +486,31 @@ def new_heads(case: BackboneCase) -> None:
         require(not first & own, f"{make.__name__} hands out the backbone's parameters")
 
 
+def plans_agree(case: BackboneCase) -> None:
+    """Catches a plan that gives other numbers than plain operations, in values or in the gradient of a loss."""
+
+    def everything(plan: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        subject = dataclasses.replace(case, plan=plan)
+        potential, batch = subject.potential(dtype).train(), case.batch(example_molecules(), dtype=dtype)
+        head = subject.vector_head(potential)
+        prediction = potential(batch)
+        vectors = head(prediction.features, batch)
+        (prediction.forces.square().sum() + prediction.energy.square().sum() + vectors.square().sum()).backward()
+        weights = {**dict(potential.named_parameters()), **{f"head.{n}": p for n, p in head.named_parameters()}}
+        gradients = {f"gradient of {n}": p.grad for n, p in weights.items() if p.grad is not None}
+        values = {"energy": prediction.energy, "forces": prediction.forces, "vectors": vectors}
+        return {name: value.detach().double() for name, value in {**values, **gradients}.items()}
+
+    exact = everything("eager", torch.float64)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        found = everything(case.plan, dtype)
+        require(found.keys() == exact.keys(), f"other weights have gradients: {sorted(found.keys() ^ exact.keys())}")
+        for name, value in exact.items():
+            error = (found[name] - value).norm() / value.norm().clamp_min(1e-12)
+            limit = tolerance if name.startswith("gradient") else min(tolerance, 1e-5)
+            require(error <= limit, f"{name} in {dtype}: {error:.1e} off, relative to its norm; allowed {limit}")
+
+
 def node_vectors(case: BackboneCase) -> None:
     """Catches silently ignored force encodings: they are refused with a ConfigError, or change things and turn along."""
     backbone, batch = case.potential().backbone, case.batch(example_molecules())
@@ -519,6 +555,7 @@ def saved_weights(case: BackboneCase) -> None:
     batch, potential = case.batch(example_molecules()), case.potential()
     stored = load(save({name: value.cpu().contiguous() for name, value in potential.state_dict().items()}))
     fresh = Potential(case.cls(**case.options), scale=0.3).to(device=case.device, dtype=torch.float64).eval()
+    fresh.backbone.use_plan(case.plan, torch.device(case.device))
     fresh.load_state_dict(stored, strict=True)
     one, other = potential(batch), fresh(batch)
     for name in ("energy", "forces"):
@@ -574,6 +611,7 @@ BACKBONE_PROBES: list[Probe] = [
     smooth_cutoff,
     skin,
     periodic_images,
+    plans_agree,
     vector_head,
     new_heads,
     node_vectors,

@@ -25,7 +25,7 @@ from ndem_zoo.noise import masked_gaussian
 from ndem_zoo.objectives.base import Objective, SupervisedLoss
 from ndem_zoo.objectives.ndem import NDeM
 from ndem_zoo.physics import BOLTZMANN, MAX_Z
-from ndem_zoo.registry import OBJECTIVES
+from ndem_zoo.registry import OBJECTIVES, lookup
 from ndem_zoo.testing.backbones import BackboneCase
 from ndem_zoo.testing.common import (
     ROUNDING,
@@ -112,10 +112,11 @@ class ObjectiveCase:
         device: str = "cpu",
         backbone: str | type[Backbone] = "torchmd_net",
         backbone_options: Mapping[str, Any] | None = None,
+        plan: str = "eager",
     ) -> ObjectiveCase:
         """A case from names in the registry or classes."""
         name, found = resolve(OBJECTIVES, objective, "objective")
-        return cls(name, found, dict(options or {}), BackboneCase.of(backbone, backbone_options, device))
+        return cls(name, found, dict(options or {}), BackboneCase.of(backbone, backbone_options, device, plan=plan))
 
     @property
     def device(self) -> str:
@@ -204,9 +205,7 @@ def nothing_else_changes(case: ObjectiveCase) -> None:
 
 def weight_zero_is_supervised(case: ObjectiveCase) -> None:
     """Catches auxiliary terms that leak into the baseline: weight 0 gives its terms and gradients to the last bit."""
-    plain = ObjectiveCase.of(
-        "supervised", device=case.device, backbone=case.backbone.cls, backbone_options=case.backbone.options
-    )
+    plain = ObjectiveCase("supervised", lookup(OBJECTIVES, "supervised", "objective"), {}, case.backbone)
     results = []
     for subject, weight in ((plain, 1.0), (case, 0.0)):
         objective, potential = subject.build(weight=weight)
