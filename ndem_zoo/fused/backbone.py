@@ -224,6 +224,7 @@ class BackbonePasses(autograd.Passes):
         self._description.values = values.data_ptr()
         x, out = values.new_empty(self._n, self._channels), values.new_empty(self._n, 3, self._channels)
         self._call("network_forward", vec, x, out)
+        native.count_written(x, out)
         return x, out
 
     def backward(self, g_x: Tensor, g_vec: Tensor, *, keep: bool) -> tuple[tuple[Tensor, None], Tensor | None]:
@@ -237,6 +238,7 @@ class BackbonePasses(autograd.Passes):
         tangents = self._memory(2)
         x_t, vec_t = pos_t.new_empty(self._n, self._channels), pos_t.new_empty(self._n, 3, self._channels)
         self._call("network_tangent", pos_t, tangents, x_t, vec_t)
+        native.count_written(x_t, vec_t)
         return (x_t, vec_t), tangents
 
     def gradient(
@@ -249,6 +251,7 @@ class BackbonePasses(autograd.Passes):
         adjoints, tangents = (None, None) if second is None else second
         g_pos = m_x.new_empty(self._n, 3) if wanted[0] and second is None else None
         g_vec0 = torch.empty_like(m_vec) if self._description.has_vec0 else None
+        native.count_written(*gradients)
         out = _addresses(gradients)
         self._call("network_gradient", m_x, m_vec, adjoints, tangents, ctypes.addressof(out), g_pos, g_vec0)
         if g_vec0 is None:

@@ -37,8 +37,22 @@ TIMEOUT = 300
 #: What there are compiled forms for.
 DTYPES = (torch.float32, torch.float64)
 
-#: How many native kernels have run in this process: what a count of launches adds to those that torch sees.
-calls = 0
+#: Running totals of this process, for counts of work (``benchmarks/speed/counts.py``): native functions called, and bytes
+#: of their results. `flops`, of their matrix products, is kept by the library.
+calls = bytes_written = 0
+
+
+def __getattr__(name: str) -> int:
+    if name == "flops":
+        found = library()
+        return 0 if found is None else found.flops()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def count_written(*tensors: Tensor | None) -> None:
+    """Add results of native functions to `bytes_written`."""
+    global bytes_written
+    bytes_written += sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def cache_folder() -> Path:
@@ -178,6 +192,12 @@ class Library:
             self._functions[name, dtype] = function
         return function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
+    def flops(self) -> int:
+        """Floating-point operations of all matrix products so far."""
+        function = self._library.count_flops
+        function.restype, function.argtypes = ctypes.c_int64, []
+        return function()
+
 
 class Workspace:
     """Memory for values that live as long as one evaluation of the network, used again by the next.
@@ -204,6 +224,7 @@ class Workspace:
             strides.insert(0, strides[0] * length)
         tensor = self._blocks[-1].as_strided(shape, strides, self._used)
         self._used += size
+        count_written(tensor)
         return tensor
 
     def _block(self, size: int) -> Tensor:
@@ -254,6 +275,7 @@ class Kernels:
     def weight_gradient(self, g: Tensor, x: Tensor, more: tuple[Tensor, Tensor] | None) -> Tensor:
         """g^T x, plus that of a second pair, in memory of its own."""
         out = g.new_empty(g.shape[1], x.shape[1])
+        count_written(out)
         self.product(g.t(), x, out=out)
         return out if more is None else self.product(more[0].t(), more[1], out=out, add=True)
 

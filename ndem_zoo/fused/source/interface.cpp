@@ -118,6 +118,7 @@
     }
 
 extern "C" {
+int64_t count_flops() { return product_flops; }
 INTERFACE(float, f32)
 INTERFACE(double, f64)
 }

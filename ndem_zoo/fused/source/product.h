@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <atomic>
+
 #include "vector.h"
 
 namespace {
@@ -83,10 +85,14 @@ void product_panel(const Product<T>& p, int64_t k0, int64_t depth, int64_t n0, i
     }
 }
 
+// Floating-point operations of all products so far: what a count of the work adds to what torch sees.
+std::atomic<int64_t> product_flops{0};
+
 template <class T>
 void product_rows(const Product<T>& p, int64_t m0, int64_t m1) {
     constexpr int L = Number<T>::lanes;
     static thread_local std::vector<T> buffer(KC* NV* L);
+    product_flops.fetch_add(2 * (m1 - m0) * p.n * p.k, std::memory_order_relaxed);
     for (int64_t k0 = 0; k0 < p.k; k0 += KC) {
         const int64_t depth = p.k - k0 < KC ? p.k - k0 : KC;
         for (int64_t n0 = 0; n0 < p.n; n0 += NV * L) {
