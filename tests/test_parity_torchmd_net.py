@@ -55,10 +55,12 @@ def close(value: torch.Tensor, expected: torch.Tensor, tolerance: float, what: s
 @pytest.mark.parametrize("vector_cutoff", [True, False])
 @pytest.mark.parametrize("size", [SMALL, MEDIUM, MD17], ids=["small", "medium", "MD17"])
 @pytest.mark.parametrize("structures", STRUCTURES)
-def test_energies_forces_and_vectors(structures, size, vector_cutoff):
+@pytest.mark.parametrize("plan", TorchMDNet.plans)
+def test_energies_forces_and_vectors(plan, structures, size, vector_cutoff):
     options = {**size, "vector_cutoff": vector_cutoff}
     batch = batch_of(STRUCTURES[structures](), options["cutoff"])
     potential = fill_weights(Potential(TorchMDNet(**options))).double()
+    potential.backbone.plan = plan
     expected = REFERENCE.evaluate(potential, options, batch)
     prediction = potential(batch)
     vectors = fill_weights(potential.backbone.vector_head()).double()(prediction.features, batch)
@@ -70,10 +72,12 @@ def test_energies_forces_and_vectors(structures, size, vector_cutoff):
 @pytest.mark.parametrize("vector_cutoff", [True, False])
 @pytest.mark.parametrize("trainable_rbf", [True, False])
 @pytest.mark.parametrize("structures", ["three molecules", "with atoms alone"])
-def test_gradients_of_a_force_loss(structures, trainable_rbf, vector_cutoff):
+@pytest.mark.parametrize("plan", TorchMDNet.plans)
+def test_gradients_of_a_force_loss(plan, structures, trainable_rbf, vector_cutoff):
     options = {**MEDIUM, "vector_cutoff": vector_cutoff, "trainable_rbf": trainable_rbf}
     batch = batch_of(STRUCTURES[structures](), options["cutoff"])
     potential = fill_weights(Potential(TorchMDNet(**options))).double()
+    potential.backbone.plan = plan
     if trainable_rbf:  # the formula's values are no sensible radial functions
         fresh = TorchMDNet(**options).distance_expansion.double()
         potential.backbone.distance_expansion.load_state_dict(fresh.state_dict())
