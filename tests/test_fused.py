@@ -214,6 +214,24 @@ def test_trainable_radial_functions_take_the_eager_plan(ran):
     assert not ran
 
 
+def test_weights_in_another_memory_order_take_the_eager_plan(ran):
+    batch, potential = scattered([5], 3.5), potential_of("fused")
+    expected = gradients(potential, batch)["forces"]
+    weight = potential.backbone.attention_layers[1].v_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+    ran.clear()
+    torch.testing.assert_close(potential(batch).forces, expected, atol=1e-10, rtol=0)
+    assert "network_forward" not in ran
+
+
+@pytest.mark.parametrize("plan", ["eager", "fused"])
+@pytest.mark.parametrize("number", [-1, 100])
+def test_unknown_atomic_numbers_do_not_read_beyond_the_table(number, plan):
+    batch = scattered([5], 3.5)
+    with pytest.raises(IndexError):
+        potential_of(plan)(batch.replace(z=torch.full_like(batch.z, number)))
+
+
 def test_threads_change_nothing_but_rounding():
     batch, before = scattered([9, 8, 7, 6, 5, 4], 4.5), torch.get_num_threads()
     options = {"hidden_channels": 64, "num_heads": 8, "num_rbf": 32}

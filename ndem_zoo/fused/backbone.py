@@ -46,6 +46,11 @@ _OTHER_PARAMETERS = (
 )  # fmt: skip
 
 
+_LAYER_PATHS, _OTHER_PATHS = (
+    [(path.split(".")[:-1], path.split(".")[-1]) for path in paths] for paths in (_LAYER_PARAMETERS, _OTHER_PARAMETERS)
+)
+
+
 def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Scalars (N, C) and vectors (N, 3, C); None where the plan does not apply, for the caller to do it the plain way.
 
@@ -69,15 +74,20 @@ def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Te
     library = native.library()
     if library is None:
         return None
+    parameters = _parameters(backbone)
+    if any(p.dtype != pos.dtype or not p.is_contiguous() for p in (*parameters, basis.means, basis.betas)):
+        return None  # native code sees addresses only
+    least, largest = torch.aminmax(batch.z)
+    if least < 0 or largest >= backbone.max_z:
+        return None  # the embedding raises the error
     kernels = native.Kernels(library, pos.dtype)
     pairs = find_pairs(kernels, batch, backbone.cutoff)
     if pairs is None:
         return None
     needs_forces = torch.is_grad_enabled() and pos.requires_grad
     pairs.add_geometry(kernels, backbone.cutoff, layers[0].vector_cutoff, basis, needs_forces)
-    parameters = _parameters(backbone)
     sizes = len(layers), layers[0].num_heads, backbone.out_norm.eps
-    passes = BackbonePasses(kernels, pairs, batch.z, pos, [p.detach() for p in parameters], *sizes)
+    passes = BackbonePasses(kernels, pairs, batch.z, pos, parameters, *sizes)
     scalars, vectors = autograd.run(passes, (pos, vec), parameters)
     scalars.passes = passes  # tells heads that their plan can follow
     return scalars, vectors
@@ -86,14 +96,13 @@ def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Te
 def _parameters(backbone: TorchMDNet) -> list[Tensor]:
     """All weights, in the order of network.h."""
 
-    def found(module: nn.Module, path: str) -> Tensor:
-        *owners, name = path.split(".")
+    def found(module: nn.Module, owners: list[str], name: str) -> Tensor:
         for owner in owners:
             module = module._modules[owner]
         return module._parameters[name]
 
-    layers = [found(layer, name) for layer in backbone.attention_layers for name in _LAYER_PARAMETERS]
-    return layers + [found(backbone, name) for name in _OTHER_PARAMETERS]
+    layers = [found(layer, *path) for layer in backbone.attention_layers for path in _LAYER_PATHS]
+    return layers + [found(backbone, *path) for path in _OTHER_PATHS]
 
 
 # -------------------------------------------------------------------------------------------------------------- pairs
@@ -245,7 +254,7 @@ class BackbonePasses(autograd.Passes):
         self, m_x: Tensor, m_vec: Tensor, *, second: tuple[Tensor, Tensor] | None, wanted: tuple[bool, ...]
     ) -> tuple[tuple[Tensor | None, Tensor | None], list[Tensor | None]]:
         """Adjoints of positions (first order only) and first vectors, and gradients by all weights."""
-        gradients = [torch.empty_like(weight) for weight in self._weights]
+        gradients = [torch.empty_like(weight, requires_grad=False) for weight in self._weights]
         for embedding in gradients[-8:-6]:
             embedding.zero_()
         adjoints, tangents = (None, None) if second is None else second

@@ -151,15 +151,49 @@ void column_sum(int64_t m, int64_t n, const T* values, int64_t row, bool accumul
 // cache.
 inline int64_t row_size(int64_t n) { return padded(n) + 16; }
 
+// A square of whole vectors: squares off the diagonal change places, half as large each time.
+template <class T>
+void transpose_block(const T* in, int64_t in_row, T* out, int64_t out_row) {
+    constexpr int L = Number<T>::lanes;
+#if defined(__clang__)  // has no shuffle by a vector
+    for (int i = 0; i < L; ++i)
+        for (int j = 0; j < L; ++j) out[j * out_row + i] = in[i * in_row + j];
+#else
+    typedef typename Number<T>::integer Int;
+    typedef Int Ints __attribute__((vector_size(L * sizeof(Int))));
+    Vec<T, L> rows[L];
+    for (int i = 0; i < L; ++i) rows[i] = load<T, L>(in + i * in_row);
+#pragma GCC unroll 4
+    for (int s = L / 2; s > 0; s /= 2) {
+        Ints low, high;
+        for (int j = 0; j < L; ++j) {
+            low[j] = j & s ? L + j - s : j;
+            high[j] = j & s ? L + j : j + s;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+            if (!(i & s)) {
+                const Vec<T, L> a = rows[i], b = rows[i + s];
+                rows[i] = __builtin_shuffle(a, b, low);
+                rows[i + s] = __builtin_shuffle(a, b, high);
+            }
+    }
+    for (int i = 0; i < L; ++i) store<T, L>(out + i * out_row, rows[i]);
+#endif
+}
+
 // A weight (n, k) as (k, n), in rows of `row` numbers filled up with zeros.
 template <class T>
 void transpose(int64_t n, int64_t k, const T* weight, T* out, int64_t row) {
-    constexpr int64_t B = 16;
-    for (int64_t n0 = 0; n0 < n; n0 += B)
-        for (int64_t k0 = 0; k0 < k; k0 += B) {
-            const int64_t n1 = n0 + B < n ? n0 + B : n, k1 = k0 + B < k ? k0 + B : k;
-            for (int64_t d = k0; d < k1; ++d)
-                for (int64_t c = n0; c < n1; ++c) out[d * row + c] = weight[c * k + d];
+    constexpr int64_t L = Number<T>::lanes;
+    for (int64_t n0 = 0; n0 < n; n0 += L)
+        for (int64_t k0 = 0; k0 < k; k0 += L) {
+            if (n0 + L <= n && k0 + L <= k) {
+                transpose_block(weight + n0 * k + k0, k, out + k0 * row + n0, row);
+                continue;
+            }
+            for (int64_t d = k0; d < (k0 + L < k ? k0 + L : k); ++d)
+                for (int64_t c = n0; c < (n0 + L < n ? n0 + L : n); ++c) out[d * row + c] = weight[c * k + d];
         }
 }
 
