@@ -376,7 +376,7 @@ def test_compiled_once_and_made_anew_if_damaged(fresh, tmp_path, monkeypatch):
 
 def test_installed_with_the_package():
     sources = sorted(path.name for path in native.SOURCE.iterdir())
-    assert sources == ["atoms.h", "interface.cpp", "network.h", "pairs.h", "product.h", "vector.h"]
+    assert sources == ["atoms.h", "head.h", "interface.cpp", "network.h", "pairs.h", "product.h", "vector.h"]
     setup = Path(__file__).resolve().parents[1] / "setup.py"
     if setup.exists():
         assert "fused/source/*.h" in setup.read_text(encoding="utf-8")

@@ -209,7 +209,7 @@ class BackbonePasses(autograd.Passes):
         self._channels = weights[1].shape[0]
         self._width = native.lanes(self._channels // heads)
         self._kept = pairs, z  # whose addresses the description holds
-        self._addresses = _addresses(weights)
+        self._addresses = native.addresses(weights)
         self._description = _Description(
             pos.shape[0], pairs.first.shape[0], self._channels, heads, pairs.rbf.shape[1], n_layers, 0, torch.get_num_threads(),
             pairs.atom_ptr.shape[0] - 1,
@@ -261,14 +261,10 @@ class BackbonePasses(autograd.Passes):
         g_pos = m_x.new_empty(self._n, 3) if wanted[0] and second is None else None
         g_vec0 = torch.empty_like(m_vec) if self._description.has_vec0 else None
         native.count_written(*gradients)
-        out = _addresses(gradients)
+        out = native.addresses(gradients)
         self._call("network_gradient", m_x, m_vec, adjoints, tangents, ctypes.addressof(out), g_pos, g_vec0)
         if g_vec0 is None:
             gradients[10] = None  # projections of vectors that are zero
         return (g_pos, g_vec0), gradients
 
     check_second_order = autograd.refuse_second_order
-
-
-def _addresses(tensors: list[Tensor]) -> ctypes.Array:
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 import warnings
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,6 +37,8 @@ TIMEOUT = 300
 
 #: What there are compiled forms for.
 DTYPES = (torch.float32, torch.float64)
+
+_RETURN_A_NUMBER = ("find_pairs", "network_size", "head_size")
 
 #: Running totals of this process, for counts of work (``benchmarks/speed/counts.py``): native functions called, and bytes
 #: of their results. `flops`, of their matrix products, is kept by the library.
@@ -186,7 +189,7 @@ class Library:
         function = self._functions.get((name, dtype))
         if function is None:
             function = getattr(self._library, f"{name}_{'f32' if dtype == torch.float32 else 'f64'}")
-            function.restype = ctypes.c_int64 if name in ("find_pairs", "network_size") else None
+            function.restype = ctypes.c_int64 if name in _RETURN_A_NUMBER else None
             kinds = {float: ctypes.c_double, int: ctypes.c_int64}
             function.argtypes = [kinds.get(type(argument), ctypes.c_void_p) for argument in arguments]
             self._functions[name, dtype] = function
@@ -259,9 +262,6 @@ class Kernels:
         """A tensor with arbitrary content."""
         return self._workspace.empty(*shape)
 
-    def _like(self, tensor: Tensor) -> Tensor:
-        return self._workspace.empty(*tensor.shape)
-
     def product(
         self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False
     ) -> Tensor:
@@ -272,104 +272,12 @@ class Kernels:
         self._call("product", a.dtype, m, n, k, a, *strides, int(add), self._threads)
         return out
 
-    def weight_gradient(self, g: Tensor, x: Tensor, more: tuple[Tensor, Tensor] | None) -> Tensor:
-        """g^T x, plus that of a second pair, in memory of its own."""
-        out = g.new_empty(g.shape[1], x.shape[1])
-        count_written(out)
-        self.product(g.t(), x, out=out)
-        return out if more is None else self.product(more[0].t(), more[1], out=out, add=True)
-
-    def column_sum(self, values: Tensor) -> Tensor:
-        """Sum of the rows of (M, N), in memory of its own: (N,)."""
-        out = torch.empty(values.shape[1], dtype=values.dtype)
-        self._call("column_sum", values.dtype, *values.shape, values, out)
-        return out
-
-    # ---------------------------------------------------------------------------------------------------------- heads
-
-    def _block(self, name: str, i: int, o: int, *arguments: Tensor | int) -> None:
-        lanes_of = lanes(i) if name.startswith("length") else lanes(o)
-        n = arguments[-1].shape[0]
-        self._call(name, self._dtype, lanes_of, n, i, o, *arguments)
-
-    def length_forward(self, s: Tensor, ab: Tensor) -> Tensor:
-        """[s | n] (N, 2I)."""
-        i = s.shape[1]
-        sn = self.empty(s.shape[0], 2 * i)
-        self._block("length_forward", i, ab.shape[1] - i, s, ab, sn)
-        return sn
-
-    def length_backward(self, sn: Tensor, ab: Tensor, g_sn: Tensor, g_ab: Tensor) -> Tensor:
-        """Adjoint of s; sets that of a in `g_ab`."""
-        i = sn.shape[1] // 2
-        g_s = self.empty(sn.shape[0], i)
-        self._block("length_backward", i, ab.shape[1] - i, sn, ab, g_sn, g_ab, g_s)
-        return g_s
-
-    def length_tangent(self, sn: Tensor, ab: Tensor, s_t: Tensor, ab_t: Tensor) -> Tensor:
-        """Tangent of [s | n]."""
-        i, sn_t = sn.shape[1] // 2, self._like(sn)
-        self._block("length_tangent", i, ab.shape[1] - i, sn, ab, s_t, ab_t, sn_t)
-        return sn_t
-
-    def length_reverse(
-        self, sn: Tensor, ab: Tensor, sn_t: Tensor, ab_t: Tensor, g_sn: Tensor, m_sn: Tensor, m_ab: Tensor
-    ) -> Tensor:
-        """Adjoint of s; sets that of a in `m_ab`."""
-        i = sn.shape[1] // 2
-        m_s = self.empty(sn.shape[0], i)
-        self._block("length_reverse", i, ab.shape[1] - i, sn, ab, sn_t, ab_t, g_sn, m_sn, m_ab, m_s)
-        return m_s
-
-    def _silu(self, name: str, x: Tensor, *arguments: Tensor) -> Tensor:
-        out = self._like(x)
-        self._call(name, x.dtype, lanes(x.numel()), x.numel(), x, *arguments, out)
-        return out
-
-    def silu_forward(self, x: Tensor) -> Tensor:
-        """silu(x)."""
-        return self._silu("silu_forward", x)
-
-    def silu_backward(self, x: Tensor, g_out: Tensor) -> Tensor:
-        """silu'(x) g."""
-        return self._silu("silu_backward", x, g_out)
-
-    def silu_reverse(self, x: Tensor, x_t: Tensor, g_out: Tensor, m_out: Tensor) -> Tensor:
-        """silu'(x) m + silu''(x) x_t g."""
-        return self._silu("silu_reverse", x, x_t, g_out, m_out)
-
-    def gate_forward(self, u: Tensor, ab: Tensor, activate: bool) -> tuple[Tensor, Tensor]:
-        """Scalars (N, O) and vectors (N, 3, O) of the block."""
-        n, o = u.shape[0], u.shape[1] // 2
-        s, v = self.empty(n, o), self.empty(n, 3, o)
-        self._block("gate_forward", ab.shape[1] - o, o, int(activate), u, ab, s, v)
-        return s, v
-
-    def gate_backward(self, u: Tensor, ab: Tensor, g_s: Tensor, g_v: Tensor, activate: bool) -> tuple[Tensor, Tensor]:
-        """Adjoints of u, and of [a | b] with that of a still open."""
-        o, g_ab, g_u = u.shape[1] // 2, self._like(ab), self._like(u)
-        self._call("gate_backward", u.dtype, lanes(o), u.shape[0], ab.shape[1] - o, o, int(activate), u, ab, g_s, g_v,
-                   g_u, g_ab)  # fmt: skip
-        return g_u, g_ab
-
-    def gate_tangent(self, u: Tensor, ab: Tensor, u_t: Tensor, ab_t: Tensor, activate: bool) -> tuple[Tensor, Tensor]:
-        """Tangents of scalars and vectors of the block."""
-        n, o = u.shape[0], u.shape[1] // 2
-        s_t, v_t = self.empty(n, o), self.empty(n, 3, o)
-        self._block("gate_tangent", ab.shape[1] - o, o, int(activate), u, ab, u_t, ab_t, s_t, v_t)
-        return s_t, v_t
-
-    def gate_reverse(
-        self, u: Tensor, ab: Tensor, u_t: Tensor, ab_t: Tensor, g_s: Tensor, g_v: Tensor, m_s: Tensor, m_v: Tensor,
-        activate: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Adjoints of u, and of [a | b] with that of a still open."""
-        o, m_ab, m_u = u.shape[1] // 2, self._like(ab), self._like(u)
-        self._call("gate_reverse", u.dtype, lanes(o), u.shape[0], ab.shape[1] - o, o, int(activate), u, ab, u_t, ab_t,
-                   g_s, g_v, m_s, m_v, m_u, m_ab)  # fmt: skip
-        return m_u, m_ab
-
 
 def lanes(channels: int) -> int:
     """The largest power of two up to 16 that divides `channels`: how many of them one operation works on."""
     return min(16, channels & -channels)
+
+
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
+    """Where the tensors lie, as an array for native code."""
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

@@ -290,16 +290,16 @@ class _GatedHead(Head):
             [GatedEquivariantBlock(channels, channels // 2, True), GatedEquivariantBlock(channels // 2, 1, False)]
         )
 
-    def both(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Scalar (N, 1) and vector (N, 3, 1) output."""
+    def outputs(self, features: Features, vectors: bool) -> tuple[Tensor, ...]:
+        """Scalar (N, 1) and, if wanted, vector (N, 3, 1) output."""
         if hasattr(features.scalars, "passes"):  # made by the fused plan
-            found = fused.head(list(self.output_network), features)
+            found = fused.head(self.output_network, features, vectors)
             if found is not None:
                 return found
-        scalars, vectors = features.scalars, features.vectors
+        outputs = features.scalars, features.vectors
         for block in self.output_network:
-            scalars, vectors = block(scalars, vectors)
-        return scalars, vectors
+            outputs = block(*outputs)
+        return outputs
 
 
 class EquivariantScalarHead(_GatedHead):
@@ -312,7 +312,7 @@ class EquivariantScalarHead(_GatedHead):
 
     def forward(self, features: Features, batch: Batch) -> Float[Tensor, " N"]:
         """(N,), in units of the potential's scale."""
-        return self.both(features)[0][:, 0]
+        return self.outputs(features, vectors=False)[0][:, 0]
 
 
 class EquivariantVectorHead(_GatedHead):
@@ -320,7 +320,7 @@ class EquivariantVectorHead(_GatedHead):
 
     def forward(self, features: Features, batch: Batch) -> Float[Tensor, "N 3"]:
         """(N, 3), in units of the potential's scale."""
-        return self.both(features)[1][:, :, 0]
+        return self.outputs(features, vectors=True)[1][:, :, 0]
 
 
 class NDeMTorchMDNet(NDeMModel):

@@ -232,15 +232,15 @@ void update_reverse(int64_t n, int64_t C, const T* o, const T* w, const T* o_t, 
 
 // --------------------------------------------------------------------------------------------------------------- heads
 
-// ab (N, 3, I + O) = [a | b], sn (N, 2I) = [s | n] with n = |a|; the derivative of the length of a zero vector is 0.
+// ab (N, 3, row) = [a | b], row = I + O, or I if no vectors are wanted; sn (N, 2I) = [s | n] with n = |a|; the derivative of the length of a zero vector is 0.
 template <class T, int W>
-void length_forward(int64_t n, int64_t I, int64_t O, const T* s, const T* ab, T* sn) {
+void length_forward(int64_t n, int64_t I, int64_t O, int64_t row, const T* s, const T* ab, T* sn) {
     typedef Vec<T, W> V;
     for (int64_t i = 0; i < n; ++i)
         for (int64_t c = 0; c < I; c += W) {
             V square = {};
             for (int k = 0; k < 3; ++k) {
-                const V a = load<T, W>(ab + (3 * i + k) * (I + O) + c);
+                const V a = load<T, W>(ab + (3 * i + k) * row + c);
                 square += a * a;
             }
             V length;
@@ -257,30 +257,30 @@ inline Vec<T, W> inverse_length(Vec<T, W> length) {
 }
 
 template <class T, int W>
-void length_backward(int64_t n, int64_t I, int64_t O, const T* sn, const T* ab, const T* g_sn, T* g_ab, T* g_s) {
+void length_backward(int64_t n, int64_t I, int64_t O, int64_t row, const T* sn, const T* ab, const T* g_sn, T* g_ab, T* g_s) {
     typedef Vec<T, W> V;
     for (int64_t i = 0; i < n; ++i)
         for (int64_t c = 0; c < I; c += W) {
             const int64_t at = i * 2 * I + c;
             const V factor = load<T, W>(g_sn + at + I) * inverse_length<T, W>(load<T, W>(sn + at + I));
             for (int k = 0; k < 3; ++k) {
-                const int64_t row = (3 * i + k) * (I + O) + c;
-                store<T, W>(g_ab + row, load<T, W>(ab + row) * factor);
+                const int64_t at3 = (3 * i + k) * row + c;
+                store<T, W>(g_ab + at3, load<T, W>(ab + at3) * factor);
             }
             store<T, W>(g_s + i * I + c, load<T, W>(g_sn + at));
         }
 }
 
 template <class T, int W>
-void length_tangent(int64_t n, int64_t I, int64_t O, const T* sn, const T* ab, const T* s_t, const T* ab_t, T* sn_t) {
+void length_tangent(int64_t n, int64_t I, int64_t O, int64_t row, const T* sn, const T* ab, const T* s_t, const T* ab_t, T* sn_t) {
     typedef Vec<T, W> V;
     for (int64_t i = 0; i < n; ++i)
         for (int64_t c = 0; c < I; c += W) {
             const int64_t at = i * 2 * I + c;
             V dot = {};
             for (int k = 0; k < 3; ++k) {
-                const int64_t row = (3 * i + k) * (I + O) + c;
-                dot += load<T, W>(ab + row) * load<T, W>(ab_t + row);
+                const int64_t at3 = (3 * i + k) * row + c;
+                dot += load<T, W>(ab + at3) * load<T, W>(ab_t + at3);
             }
             store<T, W>(sn_t + at, load<T, W>(s_t + i * I + c));
             store<T, W>(sn_t + at + I, dot * inverse_length<T, W>(load<T, W>(sn + at + I)));
@@ -288,7 +288,7 @@ void length_tangent(int64_t n, int64_t I, int64_t O, const T* sn, const T* ab, c
 }
 
 template <class T, int W>
-void length_reverse(int64_t n, int64_t I, int64_t O, const T* sn, const T* ab, const T* sn_t, const T* ab_t,
+void length_reverse(int64_t n, int64_t I, int64_t O, int64_t row, const T* sn, const T* ab, const T* sn_t, const T* ab_t,
                     const T* g_sn, const T* m_sn, T* m_ab, T* m_s) {
     typedef Vec<T, W> V;
     for (int64_t i = 0; i < n; ++i)
@@ -297,8 +297,8 @@ void length_reverse(int64_t n, int64_t I, int64_t O, const T* sn, const T* ab, c
             const V inverse = inverse_length<T, W>(load<T, W>(sn + at + I)), g = load<T, W>(g_sn + at + I) * inverse;
             const V m = load<T, W>(m_sn + at + I) * inverse - g * load<T, W>(sn_t + at + I) * inverse;
             for (int k = 0; k < 3; ++k) {
-                const int64_t row = (3 * i + k) * (I + O) + c;
-                store<T, W>(m_ab + row, m * load<T, W>(ab + row) + g * load<T, W>(ab_t + row));
+                const int64_t at3 = (3 * i + k) * row + c;
+                store<T, W>(m_ab + at3, m * load<T, W>(ab + at3) + g * load<T, W>(ab_t + at3));
             }
             store<T, W>(m_s + i * I + c, load<T, W>(m_sn + at));
         }
@@ -332,19 +332,19 @@ void silu_reverse(int64_t size, const T* x, const T* x_t, const T* g_out, const 
 
 // u (N, 2O) = [out | gate]: scalars silu(out) or out, vectors b gate.
 template <class T, int W>
-void gate_forward(int64_t n, int64_t I, int64_t O, int64_t activate, const T* u, const T* ab, T* s, T* v) {
+void gate_forward(int64_t n, int64_t I, int64_t O, int64_t row, bool activate, const T* u, const T* ab, T* s, T* v) {
     typedef Vec<T, W> V;
     for (int64_t i = 0; i < n; ++i)
         for (int64_t c = 0; c < O; c += W) {
             const V out = load<T, W>(u + i * 2 * O + c), gate = load<T, W>(u + i * 2 * O + O + c);
             store<T, W>(s + i * O + c, activate ? out * sigmoid<T, W>(out) : out);
-            for (int k = 0; k < 3; ++k)
-                store<T, W>(v + (3 * i + k) * O + c, load<T, W>(ab + (3 * i + k) * (I + O) + I + c) * gate);
+            for (int k = 0; k < 3 && row > I; ++k)
+                store<T, W>(v + (3 * i + k) * O + c, load<T, W>(ab + (3 * i + k) * row + I + c) * gate);
         }
 }
 
 template <class T, int W>
-void gate_backward(int64_t n, int64_t I, int64_t O, int64_t activate, const T* u, const T* ab, const T* g_s,
+void gate_backward(int64_t n, int64_t I, int64_t O, int64_t row, bool activate, const T* u, const T* ab, const T* g_s,
                    const T* g_v, T* g_u, T* g_ab) {
     typedef Vec<T, W> V;
     for (int64_t i = 0; i < n; ++i)
@@ -352,11 +352,11 @@ void gate_backward(int64_t n, int64_t I, int64_t O, int64_t activate, const T* u
             const V gate = load<T, W>(u + i * 2 * O + O + c), g = load<T, W>(g_s + i * O + c);
             V s0, slope, unused, g_gate = {};
             silu<T, W, 1>(load<T, W>(u + i * 2 * O + c), s0, slope, unused);
-            for (int k = 0; k < 3; ++k) {
-                const int64_t row = (3 * i + k) * (I + O) + I + c;
+            for (int k = 0; k < 3 && row > I; ++k) {
+                const int64_t at3 = (3 * i + k) * row + I + c;
                 const V gv = load<T, W>(g_v + (3 * i + k) * O + c);
-                g_gate += gv * load<T, W>(ab + row);
-                store<T, W>(g_ab + row, gv * gate);
+                g_gate += gv * load<T, W>(ab + at3);
+                store<T, W>(g_ab + at3, gv * gate);
             }
             store<T, W>(g_u + i * 2 * O + c, activate ? g * slope : g);
             store<T, W>(g_u + i * 2 * O + O + c, g_gate);
@@ -364,7 +364,7 @@ void gate_backward(int64_t n, int64_t I, int64_t O, int64_t activate, const T* u
 }
 
 template <class T, int W>
-void gate_tangent(int64_t n, int64_t I, int64_t O, int64_t activate, const T* u, const T* ab, const T* u_t,
+void gate_tangent(int64_t n, int64_t I, int64_t O, int64_t row, bool activate, const T* u, const T* ab, const T* u_t,
                   const T* ab_t, T* s_t, T* v_t) {
     typedef Vec<T, W> V;
     for (int64_t i = 0; i < n; ++i)
@@ -374,16 +374,16 @@ void gate_tangent(int64_t n, int64_t I, int64_t O, int64_t activate, const T* u,
             V s0, slope, unused;
             silu<T, W, 1>(load<T, W>(u + i * 2 * O + c), s0, slope, unused);
             store<T, W>(s_t + i * O + c, activate ? out_t * slope : out_t);
-            for (int k = 0; k < 3; ++k) {
-                const int64_t row = (3 * i + k) * (I + O) + I + c;
+            for (int k = 0; k < 3 && row > I; ++k) {
+                const int64_t at3 = (3 * i + k) * row + I + c;
                 store<T, W>(v_t + (3 * i + k) * O + c,
-                            load<T, W>(ab_t + row) * gate + load<T, W>(ab + row) * gate_t);
+                            load<T, W>(ab_t + at3) * gate + load<T, W>(ab + at3) * gate_t);
             }
         }
 }
 
 template <class T, int W>
-void gate_reverse(int64_t n, int64_t I, int64_t O, int64_t activate, const T* u, const T* ab, const T* u_t,
+void gate_reverse(int64_t n, int64_t I, int64_t O, int64_t row, bool activate, const T* u, const T* ab, const T* u_t,
                   const T* ab_t, const T* g_s, const T* g_v, const T* m_s, const T* m_v, T* m_u, T* m_ab) {
     typedef Vec<T, W> V;
     for (int64_t i = 0; i < n; ++i)
@@ -392,11 +392,11 @@ void gate_reverse(int64_t n, int64_t I, int64_t O, int64_t activate, const T* u,
             const V m = load<T, W>(m_s + i * O + c), g = load<T, W>(g_s + i * O + c);
             V s0, slope, bend, m_gate = {};
             silu<T, W, 2>(load<T, W>(u + i * 2 * O + c), s0, slope, bend);
-            for (int k = 0; k < 3; ++k) {
-                const int64_t row = (3 * i + k) * (I + O) + I + c;
+            for (int k = 0; k < 3 && row > I; ++k) {
+                const int64_t at3 = (3 * i + k) * row + I + c;
                 const V mv = load<T, W>(m_v + (3 * i + k) * O + c), gv = load<T, W>(g_v + (3 * i + k) * O + c);
-                m_gate += mv * load<T, W>(ab + row) + gv * load<T, W>(ab_t + row);
-                store<T, W>(m_ab + row, mv * gate + gv * gate_t);
+                m_gate += mv * load<T, W>(ab + at3) + gv * load<T, W>(ab_t + at3);
+                store<T, W>(m_ab + at3, mv * gate + gv * gate_t);
             }
             store<T, W>(m_u + i * 2 * O + c, activate ? m * slope + g * bend * load<T, W>(u_t + i * 2 * O + c) : m);
             store<T, W>(m_u + i * 2 * O + O + c, m_gate);

@@ -129,4 +129,18 @@ inline void silu(Vec<T, W> x, Vec<T, W>& s0, Vec<T, W>& s1, Vec<T, W>& s2) {
 
 inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
+// CALL with a constant number W of lanes that one operation works on; `width` is a power of two that divides what is
+// worked on, and wider is faster.
+#define LANES(T, CALL)                                                            \
+    if (width >= Number<T>::lanes) {                                              \
+        constexpr int W = Number<T>::lanes;                                       \
+        CALL;                                                                     \
+    } else if (width >= 4) {                                                      \
+        constexpr int W = 4;                                                      \
+        CALL;                                                                     \
+    } else {                                                                      \
+        constexpr int W = 1;                                                      \
+        CALL;                                                                     \
+    }
+
 }  // namespace
