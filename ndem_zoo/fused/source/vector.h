@@ -95,6 +95,11 @@ inline Vec<T, W> sigmoid(Vec<T, W> x) {
 }
 
 #if defined(__AVX512F__)
+template <>
+inline float sum<float, 16>(Vec<float, 16> v) {
+    return _mm512_reduce_add_ps(reinterpret_cast<__m512&>(v));
+}
+
 // The same with instructions that C++ has no word for: scaling by 2^n saturates by itself, and an approximate
 // reciprocal with one Newton step takes half the time of a division.
 template <>
