@@ -5,10 +5,12 @@ That the plan keeps the whole contract of a backbone, in both precisions, is tes
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +264,18 @@ def test_results_do_not_change_when_memory_is_used_again():
     for counts in ([9, 8], [5], [12, 3]):
         gradients(potential, scattered(counts, 4.5))
     assert all(torch.equal(now, then) for now, then in zip(tensors, copies, strict=True))
+
+
+def test_threads_of_the_caller_do_not_share_memory():
+    """Every thread has a network of its own; a block of memory that two of them took would mix their values."""
+    batches = [scattered([n], 4.5) for n in (5, 6, 7, 8)]
+    shared = potential_of("fused")  # torch's seed is one for all threads
+    expected = [gradients(copy.deepcopy(shared), batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda batch: gradients(copy.deepcopy(shared), batch), batches))
+            for one, other in zip(found, expected, strict=True):
+                assert_alike(one, other, 0.0)
 
 
 def test_a_step_leaves_nothing_behind():

@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     from ndem_zoo.models.torchmd_net import GatedEquivariantBlock
 
 
+#: MAX_BLOCKS of head.h.
+_MAX_BLOCKS = 8
+
+
 def run(blocks: Sequence[GatedEquivariantBlock], features: Features, vectors: bool) -> tuple[Tensor, ...] | None:
     """Scalars (N, O) of the last block and, if wanted, vectors (N, 3, O).
 
     None if the features were not made by the fused plan, for the caller to do it the plain way.
     """
     backbone = getattr(features.scalars, "passes", None)
-    if backbone is None or torch._C._are_functorch_transforms_active():
+    if backbone is None or len(blocks) > _MAX_BLOCKS or torch._C._are_functorch_transforms_active():
         return None
     parameters = []  # in the order of head.h
     for block in blocks:

@@ -1,9 +1,9 @@
 """The passes and kernels of `source/`: compiled on first use, kept for later, called through their C interface.
 
 Installing the package needs no compiler. The first fused pass on a CPU calls the one that is there (CXX, or c++, g++,
-clang++) once, for some 20 seconds, and keeps the library in the user's cache folder under a name that holds a hash of
-source, compiler, flags and processor. Where that is impossible, `library` returns None, and networks run
-their eager plan.
+clang++) once, for some ten seconds, and keeps the library in the user's cache folder under a name that holds a hash of
+source, compiler, flags and processor. Where that is impossible, `library` returns None, and networks run their eager
+plan.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -211,6 +212,7 @@ class Workspace:
     #: Choice: blocks hold multiples of so many numbers.
     BLOCK = 1 << 20
     _free: ClassVar[dict[torch.dtype, list[Tensor]]] = {torch.float32: [], torch.float64: []}
+    _lock: ClassVar[threading.Lock] = threading.Lock()  # two threads must not take one block
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype, self._blocks, self._used = dtype, [], 0
@@ -231,12 +233,13 @@ class Workspace:
         return tensor
 
     def _block(self, size: int) -> Tensor:
-        free = self._free[self._dtype]
-        fitting = next((i for i, block in enumerate(free) if block.shape[0] >= size), None)
-        if fitting is not None:
-            return free.pop(fitting)
-        if free:  # too small: replaced, so that memory does not grow with the number of different sizes
-            free.pop()
+        with self._lock:
+            free = self._free[self._dtype]
+            fitting = next((i for i, block in enumerate(free) if block.shape[0] >= size), None)
+            if fitting is not None:
+                return free.pop(fitting)
+            if free:  # too small: replaced, so that memory does not grow with the number of different sizes
+                free.pop()
         return torch.empty(-(-size // self.BLOCK) * self.BLOCK, dtype=self._dtype)
 
 
@@ -265,7 +268,7 @@ class Kernels:
     def product(
         self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False
     ) -> Tensor:
-        """A b + bias, or with `add` out + a b; `a` (M, K) of any strides, rows of `b` (K, N) contiguous."""
+        """Matrix product a b + bias, or with `add` out + a b; `a` (M, K) of any strides, rows of `b` (K, N) contiguous."""
         (m, k), n = a.shape, b.shape[1]
         out = self._workspace.empty(m, n) if out is None else out
         strides = (a.stride(0), a.stride(1), b, b.stride(0), bias, out, out.stride(0))

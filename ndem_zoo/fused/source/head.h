@@ -65,7 +65,7 @@ struct HeadNetwork {
             b.v = v;
             b.v_made = a.take(b.vectors ? 3 * n * b.O : 0);
             v = b.v_made;
-            widest = b.row > widest ? b.row : widest;
+            widest = std::max({widest, b.row, b.O});
         }
         size = a.used;
     }
