@@ -209,6 +209,17 @@ def test_one_sided_edges_take_the_eager_plan(ran):
         assert_alike(found, gradients(potential_of("eager"), cut), 0.0)
 
 
+def test_many_one_sided_edges_do_not_overflow():
+    """Room is made for half of the edges; without a look at it, this writes megabytes behind it."""
+    batch = scattered([2], 2.5)
+    n = 1_000_000
+    one_sided = batch.replace(
+        src=torch.ones(n, dtype=torch.long), dst=torch.zeros(n, dtype=torch.long), shift=batch.shift.new_zeros(n, 3)
+    )
+    kernels = native.Kernels(native.library(), torch.float64)
+    assert fused_backbone.find_pairs(kernels, one_sided, 5.0) is None
+
+
 def test_trainable_radial_functions_take_the_eager_plan(ran):
     batch = scattered([5], 3.5)
     found = gradients(potential_of("fused", trainable_rbf=True), batch)
