@@ -178,6 +178,17 @@ def test_forces_of_two_energies_from_one_set_of_features():
     assert_alike(found[1], found[0], 1e-10)
 
 
+def test_a_graph_that_is_kept_gives_the_same_gradient_again():
+    potential, batch = potential_of("fused"), scattered([6, 5], 4.5)
+    loss = potential(batch).forces.square().sum()
+    found = []
+    for keep in (True, False):
+        potential.zero_grad()
+        loss.backward(retain_graph=keep)
+        found.append({name: p.grad for name, p in potential.named_parameters() if p.grad is not None})
+    assert_alike(found[1], found[0], 0.0)
+
+
 def test_frozen_weights_get_no_gradient():
     potential = potential_of("fused")
     potential.backbone.attention_layers.requires_grad_(False)
