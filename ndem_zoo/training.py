@@ -297,7 +297,7 @@ class Run:
     def backward(self, loss: Tensor) -> None:
         """The gradient of the loss."""
         self.optimizer.zero_grad()
-        # Positions have a gradient too, which nobody wants and which costs a tenth of a step.
+        # Positions have a gradient too, which nobody wants: a tenth of an eager step's launches.
         self.fabric.backward(loss, inputs=self.trainable)
 
     def update(self) -> None:

@@ -64,21 +64,7 @@ class Passes(ABC):
         """
 
     def check_second_order(self) -> None:  # noqa: B027 (most parts have nothing to refuse)
-        """Called when adjoints of the inputs are used that include a second derivative; may refuse."""
-
-
-def refuse_second_order(_: Passes) -> None:
-    """For parts whose adjoints of positions are known to first order only.
-
-    Raises
-    ------
-    ConfigError
-        Always.
-    """
-    raise ConfigError(
-        "the fused plan gives no second derivatives by positions; train with loss.backward(inputs=[weights]), or set "
-        "backbone.plan = 'eager' for Hessians"
-    )
+        """Refuse (ConfigError) adjoints of the inputs that include a second derivative, if they are not known."""
 
 
 def run(passes: Passes, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ndem_zoo.errors import ConfigError
 from ndem_zoo.fused import autograd, native
 
 if TYPE_CHECKING:
@@ -172,9 +173,8 @@ def _ranges(first: Tensor, system: Tensor, threads: int) -> tuple[Tensor, Tensor
     ends = torch.tensor([0, n]), torch.tensor([0, p])
     if threads == 1 or n == 0:
         return ends[1], ends[0]
-    begins = torch.cat(
-        [ends[0][:1], (system[1:] != system[:-1]).nonzero().flatten() + 1]
-    )  # first atom of each structure
+    # First atom of each structure.
+    begins = torch.cat([ends[0][:1], (system[1:] != system[:-1]).nonzero().flatten() + 1])
     wanted = torch.arange(1, 4 * threads) * n // (4 * threads)
     inner = begins[torch.searchsorted(begins, wanted).clamp(max=len(begins) - 1)].unique()
     atom_ptr = torch.cat([ends[0][:1], inner[inner > 0], ends[0][1:]])
@@ -255,8 +255,9 @@ class BackbonePasses(autograd.Passes):
     ) -> tuple[tuple[Tensor | None, Tensor | None], list[Tensor | None]]:
         """Adjoints of positions (first order only) and first vectors, and gradients by all weights."""
         gradients = [torch.empty_like(weight, requires_grad=False) for weight in self._weights]
-        for embedding in gradients[-8:-6]:
-            embedding.zero_()
+        others = len(gradients) - len(_OTHER_PARAMETERS)
+        for name in ("embedding.weight", "neighbor_embedding.embedding.weight"):  # rows are added to
+            gradients[others + _OTHER_PARAMETERS.index(name)].zero_()
         adjoints, tangents = (None, None) if second is None else second
         g_pos = m_x.new_empty(self._n, 3) if wanted[0] and second is None else None
         g_vec0 = torch.empty_like(m_vec) if self._description.has_vec0 else None
@@ -264,7 +265,18 @@ class BackbonePasses(autograd.Passes):
         out = native.addresses(gradients)
         self._call("network_gradient", m_x, m_vec, adjoints, tangents, ctypes.addressof(out), g_pos, g_vec0)
         if g_vec0 is None:
-            gradients[10] = None  # projections of vectors that are zero
+            gradients[_LAYER_PARAMETERS.index("vec_proj.weight")] = None  # of vectors that are zero
         return (g_pos, g_vec0), gradients
 
-    check_second_order = autograd.refuse_second_order
+    def check_second_order(self) -> None:
+        """Adjoints of positions are known to first order only.
+
+        Raises
+        ------
+        ConfigError
+            Always.
+        """
+        raise ConfigError(
+            "the fused plan gives no second derivatives by positions; train with loss.backward(inputs=[weights]), or "
+            "set backbone.plan = 'eager' for Hessians"
+        )

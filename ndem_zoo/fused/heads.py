@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: MAX_BLOCKS of head.h.
 _MAX_BLOCKS = 8
+#: BLOCK_WEIGHTS of head.h.
+_BLOCK_WEIGHTS = 6
 
 
 def run(blocks: Sequence[GatedEquivariantBlock], features: Features, vectors: bool) -> tuple[Tensor, ...] | None:
@@ -35,9 +37,9 @@ def run(blocks: Sequence[GatedEquivariantBlock], features: Features, vectors: bo
         return None
     parameters = []  # in the order of head.h
     for block in blocks:
-        first, second = block.update_net[0], block.update_net[2]
+        hidden, out = block.update_net[0], block.update_net[2]
         parameters += [block.vec1_proj.weight, block.vec2_proj.weight]
-        parameters += [first.weight, first.bias, second.weight, second.bias]
+        parameters += [hidden.weight, hidden.bias, out.weight, out.bias]
     if any(p.dtype != features.scalars.dtype or not p.is_contiguous() for p in parameters):
         return None
     passes = HeadPasses(backbone.kernels.like(), backbone.pos, blocks, parameters, vectors)
@@ -125,5 +127,5 @@ class HeadPasses(autograd.Passes):
         self._call("head_gradient", *self._padded(m_outputs), adjoints, tangents, v_t, ctypes.addressof(out), *m_inputs)
         native.count_written(*gradients, *m_inputs)
         if not self._vectors:
-            gradients[-5] = None  # the last block's vectors were not made
+            gradients[-_BLOCK_WEIGHTS + 1] = None  # vec2_proj of the last block, whose vectors were not made
         return m_inputs, gradients

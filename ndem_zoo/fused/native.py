@@ -31,7 +31,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("source")
 
 #: No -ffast-math: NaN must pass through, and linking with it changes how the whole process treats tiny numbers.
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w"]
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w"]
 
 #: Choice: a compiler that takes longer than this (s) is given up.
 TIMEOUT = 300
@@ -93,7 +93,7 @@ def _run(command: list[str]) -> str:
     Raises
     ------
     RuntimeError
-        If it fails; holds the last lines of what it said.
+        If it fails; holds the first error that it reported.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
@@ -149,9 +149,8 @@ def build(folder: Path) -> Path:
 
 def _compile(compiler: str, extra: list[str], scratch: Path, result: Path) -> None:
     """Compile and link; torch's own OpenMP library, already loaded, serves the threads where its symbols are found."""
-    shared = [flag for flag in FLAGS if flag != "-shared"]
     obj = scratch / "kernels.o"
-    _run([compiler, *shared, *extra, "-c", str(SOURCE / "interface.cpp"), "-o", str(obj)])
+    _run([compiler, *FLAGS, *extra, "-c", str(SOURCE / "interface.cpp"), "-o", str(obj)])
     _run([compiler, "-shared", "-fPIC", str(obj), "-o", str(result)])  # without -fopenmp: see above
     try:
         ctypes.CDLL(str(result), mode=os.RTLD_NOW)

@@ -1,4 +1,4 @@
-// The four passes over a whole network, each one call: what plan.py says, with memory laid out once.
+// The four passes over a whole network, each one call, with memory laid out once (what they compute: backbone.py).
 
 #pragma once
 
@@ -7,8 +7,8 @@
 
 namespace {
 
-constexpr int LAYER_WEIGHTS = 15, OTHER_WEIGHTS = 8;
-// Positions in the list of weights; the order is that of plan.py.
+constexpr int LAYER_WEIGHTS = 15;
+// Positions in the list of weights; the order is that of backbone.py.
 enum { GAMMA, BETA, Q, Q_BIAS, K, K_BIAS, V_, V_BIAS, O, O_BIAS, VEC, DK, DK_BIAS, DV, DV_BIAS };
 enum { EMBEDDING, NEIGHBOR, DISTANCE, DISTANCE_BIAS, COMBINE, COMBINE_BIAS, OUT_GAMMA, OUT_BETA };
 

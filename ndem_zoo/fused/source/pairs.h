@@ -79,7 +79,7 @@ struct Filters {
 
 constexpr int64_t TILE = 48;  // pairs whose filters are made at a time: they stay in the second-level cache
 
-// The sum of the parts that tasks have found; one after the other, so that it does not depend on threads.
+// The sum of the parts that tasks have found; one after the other, so that it does not depend on which was ready first.
 template <class T>
 void add_parts(const std::vector<T>& parts, int64_t size, T* out) {
     std::memset(out, 0, size * sizeof(T));

@@ -8,8 +8,8 @@
 
 namespace {
 
-// Of the sizes that occur here a general library reaches half to three quarters of what the processor can do, and MKL on
-// AMD's a third; it also allocates its result. One block of MR rows and NV vectors stays in registers.
+// A general library allocates its result and copies transposed arguments; MKL also runs at half speed on AMD's processors
+// (benchmarks/speed prints its rate beside oneDNN's). Here one block of MR rows and NV vectors stays in registers.
 #if defined(__AVX512F__)
 constexpr int MR = 6, NV = 4;
 #else

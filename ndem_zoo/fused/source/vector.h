@@ -65,7 +65,7 @@ inline T sum(Vec<T, W> v) {
     }
 }
 
-// exp by reduction to [-ln2/2, ln2/2] and a Taylor series: 2 units in the last place, any lane width. Beyond +-largest
+// exp by reduction to [-ln2/2, ln2/2] and a Taylor series whose rest is below rounding, any lane width. Beyond +-largest
 // it saturates; NaN stays NaN.
 template <class T, int W>
 inline Vec<T, W> exponential(Vec<T, W> x) {
@@ -101,7 +101,7 @@ inline float sum<float, 16>(Vec<float, 16> v) {
 }
 
 // The same with instructions that C++ has no word for: scaling by 2^n saturates by itself, and an approximate
-// reciprocal with one Newton step takes half the time of a division.
+// reciprocal with one Newton step replaces a division.
 template <>
 inline Vec<float, 16> sigmoid<float, 16>(Vec<float, 16> argument) {
     typedef Number<float> I;
