@@ -20,13 +20,12 @@ import torch
 
 from ndem_zoo import load_sample
 from ndem_zoo.checkpoint import save_json
-from ndem_zoo.models.estimator import seeded
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.models.torchmd_net import TorchMDNet
 from ndem_zoo.objectives.base import Objective
 from ndem_zoo.registry import OBJECTIVES, lookup
 from ndem_zoo.sampling import collate
-from ndem_zoo.training import Run, TrainSettings
+from ndem_zoo.training import Run, TrainSettings, seeded
 
 #: Largest difference between CPU and GPU that float32 arithmetic explains, relative to the norm.
 TOLERANCE = 1e-5

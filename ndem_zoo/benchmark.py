@@ -217,7 +217,8 @@ def _prediction_stages(
     """Seconds of each stage of a prediction, and its number of batches."""
     watch, cutoff = Watch(device), potential.backbone.cutoff
     order = size_batches(part, batch_size, cutoff)
-    collate = Collator(part, cutoff, next(potential.parameters()).dtype, device=device, with_targets=False)
+    place = {"nearest": potential.backbone.nearest, "device": device}
+    collate = Collator(part, cutoff, next(potential.parameters()).dtype, with_targets=False, **place)
     potential.eval()
     watch.start()
     with torch.no_grad(), contextlib.closing(load(collate, order)) as batches:
@@ -225,7 +226,7 @@ def _prediction_stages(
             watch.mark("data")
             prediction = potential(batch)
             watch.mark("forward")
-            for value in (prediction.energy, prediction.forces):
+            for value in (prediction.value, prediction.forces):
                 if value is not None:
                     value.double().cpu()
             watch.mark("rest")

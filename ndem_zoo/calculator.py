@@ -124,6 +124,10 @@ class NDeMCalculator(Calculator):
         model = model if isinstance(model, NDeMModel) else NDeMModel.load(model)
         # Copied, and without gradients of the weights: an energy and its forces need only those of the positions.
         potential = copy.deepcopy(model._fitted()).requires_grad_(False)
+        if potential.target != "energy":
+            raise ConfigError(
+                f"this model predicts {potential.target!r}; a calculator needs one that predicts 'energy'"
+            )
         self.skin = float(skin)
         self.device = torch_device(model.device if device is None else device)
         self.dtype = _DTYPES[precision or model.resolved_["settings"]["precision"]]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ndem_zoo.metrics import unit_of
+from ndem_zoo.properties import property_of
+
 
 def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str, float]]) -> str:
     """Markdown text for ``card.md``.
@@ -18,6 +21,8 @@ def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str
         Rows of the training history.
     """
     data, resolved = config["training_data"], config["resolved"]
+    target = resolved["supervised"]["target"]
+    unit = property_of(target).unit
     lines = [
         f"# {config['model']}",
         "",
@@ -25,18 +30,19 @@ def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str
         "",
         f"- Backbone: {resolved['backbone']['name']}, {n_parameters:,} parameters",
         f"- Objective: {resolved['objective']['name']}, weight {resolved['objective']['weight']}",
-        f"- Forces: {resolved['forces']}; energies in eV, forces in eV/Å, positions in Å",
+        f"- Target: {target}{f' ({unit})' if unit else ''}; forces: {resolved['forces']}; energies in eV, forces in eV/Å, positions in Å",
         f"- Trained on: {data['name'] or 'unnamed data'}, {data['n_train']} structures, {data['n_valid']} for validation",
         f"- Hash of the training structures: {data['split_hash']}",
         f"- Elements: {', '.join(config['reference'])}",
         "",
-        "Reference energies (eV): " + ", ".join(f"{k} {v:.6f}" for k, v in config["reference"].items()),
+        f"Reference energies ({unit}): " + ", ".join(f"{k} {v:.6f}" for k, v in config["reference"].items()),
     ]
     # `partial_fit` begins to count its steps anew; the weights are the best ones since then.
     begin = max((i for i in range(1, len(history)) if history[i]["step"] <= history[i - 1]["step"]), default=0)
     judged = [row for row in history[begin:] if "valid_loss" in row]
     if judged:
         best = min(judged, key=lambda row: row["valid_loss"])
-        errors = ", ".join(f"{k} {best[k]:.6g}" for k in ("valid_energy_mae", "valid_forces_mae") if k in best)
-        lines += ["", f"Best validation (step {int(best['step'])} of {int(history[-1]['step'])}): {errors} (eV, eV/Å)"]
+        names = [name for name in best if name.startswith("valid_") and name.endswith("_mae")]
+        errors = ", ".join(f"{name} {best[name]:.6g} {unit_of(name.removeprefix('valid_'))}".rstrip() for name in names)
+        lines += ["", f"Best validation (step {int(best['step'])} of {int(history[-1]['step'])}): {errors}"]
     return "\n".join(lines) + "\n"

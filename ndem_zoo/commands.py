@@ -90,6 +90,7 @@ def train(
     valid: Annotated[str | None, typer.Option(help="Validation data from another source.", metavar="SOURCE")] = None,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(registry.MODELS)}.")] = "NDeMTorchMDNet",
     objective: Annotated[str, typer.Option(help=f"One of {', '.join(registry.OBJECTIVES)}.")] = "ndem",
+    target: Annotated[str | None, typer.Option(help="What is predicted: energy (with forces), gap, mu, ...")] = None,
     preset: Annotated[str | None, typer.Option(help="Recipe: md17_paper (default), md17_fast, ...")] = None,
     weight: Annotated[float | None, typer.Option(help="Weight of the objective's auxiliary term.")] = None,
     n_train: Annotated[
@@ -134,7 +135,14 @@ def train(
     """
     from ndem_zoo import runs
 
-    keywords = {"preset": preset, "objective": objective, "weight": weight, "seed": seed, "device": device}
+    keywords = {
+        "preset": preset,
+        "target": target,
+        "objective": objective,
+        "weight": weight,
+        "seed": seed,
+        "device": device,
+    }
     keywords |= {"precision": precision, "progress": not quiet}
     estimator = runs.make_model(model, keywords, settings or ())
     sizes = {"n_train": n_train, "n_valid": n_valid, "n_test": n_test, "split": split, "seed": seed}
@@ -375,6 +383,8 @@ def _print_benchmark(record: Mapping[str, Any]) -> None:
 
 def _print_metrics(title: str, metrics: Mapping[str, float]) -> None:
     """Errors in the units of ASE and of the literature."""
+    from ndem_zoo.properties import PROPERTIES  # here, because it imports torch
+
     print(f"{title}:")
     if "energy_mae" in metrics:
         print(
@@ -383,3 +393,5 @@ def _print_metrics(title: str, metrics: Mapping[str, float]) -> None:
         )
     if "forces_mae" in metrics:
         print(f"  force MAE  {metrics['forces_mae']:.5f} eV/Å = {metrics['forces_mae_kcal']:.4f} kcal/mol/Å")
+    for target in (name for name in PROPERTIES if name != "energy" and f"{name}_mae" in metrics):
+        print(f"  {target} MAE {metrics[f'{target}_mae']:.5g} {PROPERTIES[target].unit}")

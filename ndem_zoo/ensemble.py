@@ -97,7 +97,7 @@ class Ensemble:
         Returns
         -------
         prediction : dict
-            ``"energy"`` and ``"energy_std"`` (S,) in eV; where the potential has forces, ``"forces"`` and
+            ``"energy"`` and ``"energy_std"`` (S,) in eV, or another target under its name; where the potential has forces, ``"forces"`` and
             ``"forces_std"`` (A, 3) in eV/Å, the atoms of all structures one after the other. All float64. The standard
             deviation is that of these members (divided by their number, not by one less).
 
@@ -123,32 +123,33 @@ class Ensemble:
 
     def _predict_stacked(self, structures: MolecularDataset) -> dict[str, np.ndarray]:
         """See `predict_members`."""
-        network, cutoff = self._network, self._network.backbone.cutoff
-        columns = {"energy": np.empty((self._size, len(structures)))}
+        network, backbone = self._network, self._network.backbone
+        columns = {network.target: np.empty((self._size, len(structures)))}
         if network.force_mode != "none":
             columns["forces"] = np.empty((self._size, len(structures.z), 3))
-        order = size_batches(structures, self.eval_batch_size, cutoff, self._size)
+        order = size_batches(structures, self.eval_batch_size, backbone.cutoff, self._size)
         dtype = next(network.parameters()).dtype
-        collate = Collator(structures, cutoff, dtype, device=self.device, with_targets=False)
+        place = {"nearest": backbone.nearest, "device": self.device}
+        collate = Collator(structures, backbone.cutoff, dtype, with_targets=False, **place)
         with torch.no_grad(), contextlib.closing(load(collate, order)) as batches:
             for indices, batch in zip(order, batches, strict=True):
                 predicted = vmap(self._member, in_dims=(0, None))(self._state, batch.pos, batch=batch)
-                columns["energy"][:, indices] = predicted["energy"].cpu().numpy()
+                columns[network.target][:, indices] = predicted[network.target].cpu().numpy()
                 if "forces" in predicted:
                     atoms, _ = atom_indices(structures.ptr, indices)
                     columns["forces"][:, atoms] = predicted["forces"].double().cpu().numpy()
         return columns
 
     def _member(self, state: dict[str, Tensor], pos: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """``"energy"`` (S,) and ``"forces"`` (N, 3), if any, with the weights of one member."""
+        """The target (S,) and ``"forces"`` (N, 3), if any, with the weights of one member."""
         is_gradient = self._network.force_mode == "gradient"
 
         def total(pos: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             prediction = functional_call(
                 self._network, state, (batch.replace(pos=pos),), {"need_forces": not is_gradient}
             )
-            found = {"energy": prediction.energy, "forces": prediction.forces}
-            return prediction.energy.sum(), {name: value for name, value in found.items() if value is not None}
+            found = {self._network.target: prediction.value, "forces": prediction.forces}
+            return prediction.value.sum(), {name: value for name, value in found.items() if value is not None}
 
         if not is_gradient:
             return total(pos)[1]

@@ -173,7 +173,9 @@ def mean_over_atoms(values: Tensor, batch: Batch) -> Tensor:
 
 
 def sum_by_index(values: Tensor, index: Int[Tensor, " E"], size: int) -> Tensor:
-    """Add the rows of `values` that share an index: (size, ...)."""
+    """Add the rows of `values` that share an index: (size, ...); of half precision in float32."""
+    if values.dtype in (torch.bfloat16, torch.float16):
+        values = values.float()  # many small numbers of 8 bits do not add up
     return values.new_zeros((size, *values.shape[1:])).index_add(0, index, values)
 
 

@@ -1,4 +1,4 @@
-"""Energies and forces of whole datasets, batch by batch: what validation, `predict` and `evaluate` share."""
+"""Predictions for whole datasets, batch by batch: what validation, `predict` and `evaluate` share."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ def predict_columns(
     Returns
     -------
     columns : dict
-        ``"energy"`` (S,) in eV and, if the potential has them, ``"forces"`` (A, 3) in eV/Å; both float64.
+        The target, such as ``"energy"``: (S,) in eV or its own unit; and, if the potential has them, ``"forces"``
+        (A, 3) in eV/Å; both float64.
     """
     parameter = next(potential.parameters())
     cutoff = potential.backbone.cutoff
-    columns = {"energy": np.empty(len(dataset))}
+    columns = {potential.target: np.empty(len(dataset))}
     if potential.force_mode != "none" and need_forces:
         columns["forces"] = np.empty((len(dataset.z), 3))
     order = size_batches(dataset, batch_size, cutoff)
@@ -51,7 +52,7 @@ def predict_columns(
         with torch.no_grad(), contextlib.closing(load(collate, order)) as batches:
             for indices, batch in zip(order, batches, strict=True):
                 prediction = potential(batch, need_forces=need_forces)
-                columns["energy"][indices] = prediction.energy.double().cpu().numpy()
+                columns[potential.target][indices] = prediction.value.double().cpu().numpy()
                 if prediction.forces is not None:
                     atoms, _ = atom_indices(dataset.ptr, indices)
                     columns["forces"][atoms] = prediction.forces.double().cpu().numpy()

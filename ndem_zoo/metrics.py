@@ -9,6 +9,7 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from ndem_zoo.physics import KCAL_PER_MOL
+from ndem_zoo.properties import PROPERTIES, property_of
 
 
 def error_metrics(
@@ -33,6 +34,8 @@ def error_metrics(
         true force), ``forces_mae_<element>``, and the ``_kcal`` twins of the four errors (kcal/mol, kcal/mol/Å).
     """
     metrics: dict[str, float] = {}
+    for name in sorted(set(predicted) & set(target) - {"energy", "forces"}):
+        metrics |= property_metrics(name, predicted[name], target[name])
     if "energy" in predicted and "energy" in target:
         error = np.asarray(predicted["energy"]) - np.asarray(target["energy"])
         metrics |= {
@@ -55,10 +58,37 @@ def error_metrics(
     return metrics
 
 
+def property_metrics(name: str, predicted: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """Errors of one number per structure that is no energy of a force field.
+
+    Parameters
+    ----------
+    name
+        Of the target.
+    predicted, target : (S,)
+        In its unit; see `ndem_zoo.properties`.
+
+    Returns
+    -------
+    metrics : dict
+        ``<name>_mae``, ``<name>_rmse``, and where papers use another unit, ``<name>_mae_meV`` and ``<name>_rmse_meV``.
+    """
+    error = np.asarray(predicted) - np.asarray(target)
+    metrics = {f"{name}_mae": float(np.abs(error).mean()), f"{name}_rmse": float(np.sqrt(np.square(error).mean()))}
+    known = property_of(name)
+    if known.report:
+        metrics |= {f"{key}_{known.report}": value * known.factor for key, value in list(metrics.items())}
+    return metrics
+
+
 def unit_of(name: str) -> str:
     """Unit of a metric of `error_metrics`: such as ``"eV/Å"``, or ``""`` for a number without unit."""
     if name.endswith("_cosine"):
         return ""
+    target = name.split("_mae")[0].split("_rmse")[0]
+    if target in PROPERTIES and target != "energy":
+        report = PROPERTIES[target].report
+        return report if report and name.endswith(report) else PROPERTIES[target].unit
     energy = "kcal/mol" if name.endswith("_kcal") else "eV"
     if name.startswith("forces_"):
         return energy + "/Å"

@@ -44,6 +44,8 @@ def masked_gaussian(
     ratio: float = 1.0,
     sample: SigmaSample = "loguniform",
     per: SigmaPer = "structure",
+    probability: float = 1.0,
+    reuse_edges: bool = False,
 ) -> tuple[Batch, Noise]:
     """Move a random subset of the atoms by Gaussian noise.
 
@@ -62,6 +64,10 @@ def masked_gaussian(
         one is left, if it has two.
     sample, per
         How a sigma is drawn from a range, and for what: each structure, or the whole batch (as in the paper).
+    probability
+        That a structure is moved at all.
+    reuse_edges
+        Keep the edges of the batch, whatever the noise; see `graph.displace`.
 
     Notes
     -----
@@ -70,13 +76,17 @@ def masked_gaussian(
     """
     sigmas = draw_sigma(batch, rng, sigma, sample, per)
     mask = draw_mask(batch, rng, ratio)
+    if probability < 1:
+        chosen = torch.rand(batch.n_systems, generator=rng, device=batch.pos.device) < probability
+        mask = mask & chosen.index_select(0, batch.system)
     normal = torch.randn(batch.pos.shape, generator=rng, device=batch.pos.device, dtype=batch.pos.dtype)
     epsilon = normal * sigmas * mask.unsqueeze(-1)
     if ratio >= 1:
         has_fixed = sum_over_atoms(batch.fixed.to(epsilon.dtype), batch) > 0  # (S,)
+        # Of a structure that is not moved, all displacements are 0, and so is their mean.
         center = mean_over_atoms(epsilon, batch).masked_fill(has_fixed.unsqueeze(-1), 0.0)
         epsilon = epsilon - center.index_select(0, batch.system)
-    return displace(batch, epsilon, cutoff), Noise(epsilon, sigmas, mask)
+    return displace(batch, epsilon, cutoff, reuse_edges), Noise(epsilon, sigmas, mask)
 
 
 def draw_sigma(

@@ -61,17 +61,22 @@ def hessian_vector_product(forces: Tensor, pos: Tensor, vector: Tensor) -> Tenso
     return torch.zeros_like(pos) if product is None else product
 
 
-def element_counts(z: Int[np.ndarray, " A"], ptr: Int[np.ndarray, " S1"]) -> np.ndarray:
-    """How many atoms of each element every structure has: (S, MAX_Z + 1)."""
-    counts = np.zeros((len(ptr) - 1, MAX_Z + 1), dtype=np.int64)
-    np.add.at(counts, (np.repeat(np.arange(len(ptr) - 1), np.diff(ptr)), np.asarray(z, dtype=np.int64)), 1)
-    return counts
+def element_counts(
+    z: Int[np.ndarray, " A"], ptr: Int[np.ndarray, " S1"], weight: Float[np.ndarray, " A"] | None = None
+) -> np.ndarray:
+    """How many atoms of each element every structure has, or the sum of their weights: (S, MAX_Z + 1)."""
+    n = len(ptr) - 1
+    cell = np.repeat(np.arange(n), np.diff(ptr)) * (MAX_Z + 1) + np.asarray(z, dtype=np.int64)
+    return np.bincount(cell, weights=weight, minlength=n * (MAX_Z + 1)).reshape(n, MAX_Z + 1)
 
 
-def fit_reference_energies(z: np.ndarray, ptr: np.ndarray, energy: np.ndarray) -> Float[np.ndarray, " Z"]:
+def fit_reference_energies(
+    z: np.ndarray, ptr: np.ndarray, energy: np.ndarray, weight: Float[np.ndarray, " A"] | None = None
+) -> Float[np.ndarray, " Z"]:
     """Energy per element that explains the total energies best, by least squares of minimal norm.
 
-    For structures of one composition this is their mean energy, spread over the atoms.
+    For structures of one composition this is their mean energy, spread over the atoms. Any other property that is nearly
+    a sum over atoms can stand for the energy.
 
     Parameters
     ----------
@@ -81,6 +86,8 @@ def fit_reference_energies(z: np.ndarray, ptr: np.ndarray, energy: np.ndarray) -
         Where each structure begins and ends in `z`.
     energy : (S,)
         Total energies in eV, float64.
+    weight : (A,), optional
+        What the constant of an atom is multiplied with in the sum; default 1.
 
     Returns
     -------
@@ -96,7 +103,7 @@ def fit_reference_energies(z: np.ndarray, ptr: np.ndarray, energy: np.ndarray) -
     if not np.isfinite(energy).all():
         index = int(np.flatnonzero(~np.isfinite(energy))[0])
         raise DataError(f"structure {index}: energy {energy[index]} eV is not finite")
-    counts = element_counts(z, ptr)
+    counts = element_counts(z, ptr, weight)
     present = np.flatnonzero(counts.any(axis=0))
     # Structures of equal composition enter as one row: far smaller, and the same minimum when weighted by their number.
     rows, inverse, number = np.unique(counts[:, present], axis=0, return_inverse=True, return_counts=True)

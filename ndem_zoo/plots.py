@@ -6,6 +6,7 @@ and in any thread. What the numbers are is decided in `runs.py` and `demo.py`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import os
@@ -18,6 +19,7 @@ from ndem_zoo.checkpoint import write_bytes
 from ndem_zoo.errors import DataError
 from ndem_zoo.optional import require
 from ndem_zoo.physics import KCAL_PER_MOL
+from ndem_zoo.properties import PROPERTIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,12 +40,13 @@ def has_matplotlib() -> bool:
 def parity_figure(
     predictions: Mapping[str, Mapping[str, np.ndarray]], target: Mapping[str, np.ndarray], ptr: np.ndarray
 ) -> Figure:
-    """Predicted against true energies and forces, one row of panels for each model.
+    """Predicted against true energies, forces and other targets, one row of panels for each model.
 
     Parameters
     ----------
     predictions
-        For each model's name its ``"energy"`` (S,) in eV and ``"forces"`` (A, 3) in eV/Å, as far as there are.
+        For each model's name its ``"energy"`` (S,) in eV and ``"forces"`` (A, 3) in eV/Å, as far as there are, and
+        targets of `ndem_zoo.properties` (S,).
     target
         The labels, under the same names.
     ptr : (S + 1,)
@@ -60,14 +63,16 @@ def parity_figure(
     DataError
         If there is nothing to compare.
     """
-    shared = [name for name in ("energy", "forces") if name in target and any(name in p for p in predictions.values())]
+    names = [*PROPERTIES, "forces"]
+    shared = [name for name in names if name in target and any(name in p for p in predictions.values())]
     if not shared:
-        raise DataError("there are no labels to compare with; a parity plot needs energies or forces")
+        raise DataError("there are no labels to compare with; a parity plot needs energies, forces or a property")
     figure = _figure(4.6 * len(shared), 4.3 * len(predictions))
     axes = figure.subplots(len(predictions), len(shared), squeeze=False)
     for row, (label, columns) in enumerate(predictions.items()):
         for column, name in enumerate(shared):
-            draw = _draw_energy_parity if name == "energy" else _draw_force_parity
+            draw = {"energy": _draw_energy_parity, "forces": _draw_force_parity}.get(name)
+            draw = draw or functools.partial(_draw_property_parity, name)
             draw(axes[row, column], columns[name], target[name], ptr, label, COLORS[row % len(COLORS)])
     return figure
 
@@ -124,6 +129,11 @@ def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> None
 _CURVES = {
     "valid_forces_mae": ("force MAE, validation (eV/Å)", "kcal/mol/Å"),
     "valid_energy_mae": ("energy MAE, validation (eV)", "kcal/mol"),
+    **{
+        f"valid_{name}_mae": (f"{name} MAE, validation ({known.unit})", None)
+        for name, known in PROPERTIES.items()
+        if name != "energy"
+    },
     "train_loss": ("training loss", None),
 }
 
@@ -158,6 +168,17 @@ def _draw_force_parity(
     mae = float(np.abs(predicted - target).mean())
     title = f"{label}\nforce MAE {_number(mae)} eV/Å = {_number(mae / KCAL_PER_MOL)} kcal/mol/Å"
     _draw_parity(axis, target.reshape(-1), predicted.reshape(-1), "force component", "eV/Å", title, color)
+
+
+def _draw_property_parity(
+    name: str, axis: Axes, predicted: np.ndarray, target: np.ndarray, ptr: np.ndarray, label: str, color: str
+) -> None:
+    """One number for each structure, as it is."""
+    known, mae = PROPERTIES[name], float(np.abs(predicted - target).mean())
+    title = f"{label}\n{name} MAE {_number(mae)} {known.unit}"
+    if known.report:
+        title += f" = {_number(mae * known.factor)} {known.report}"
+    _draw_parity(axis, target, predicted, name, known.unit, title, color)
 
 
 def _draw_parity(axis: Axes, x: np.ndarray, y: np.ndarray, what: str, unit: str, title: str, color: str) -> None:

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+from ndem_zoo.metrics import unit_of
+
 #: Seconds between two refreshes of the bar, and between two lines.
 _BAR_INTERVAL, _LINE_INTERVAL = 0.2, 10.0
 
@@ -37,8 +39,13 @@ class Progress:
 
     def validated(self, row: dict[str, float]) -> None:
         """Take note of a row of the history."""
-        shown = (("valid_energy_mae", "E", 1e3, "meV"), ("valid_forces_mae", "F", 1e3, "meV/Å"))
-        errors = [f"{label} {row[name] * factor:.1f} {unit}" for name, label, factor, unit in shown if name in row]
+        shown = {"valid_energy_mae": ("E", 1e3, "meV"), "valid_forces_mae": ("F", 1e3, "meV/Å")}
+        errors = [
+            f"{label} {row[name] * factor:.1f} {unit}" for name, (label, factor, unit) in shown.items() if name in row
+        ]
+        for name in (name for name in row if name.startswith("valid_") and name.endswith("_mae") and name not in shown):
+            metric = name.removeprefix("valid_")
+            errors.append(f"{metric.removesuffix('_mae')} {row[name]:.4g} {unit_of(metric)}".rstrip())
         self._errors = "valid MAE " + ", ".join(errors) if errors else f"train loss {row['train_loss']:.4g}"
 
     def advance(self, step: int, seconds: float, done: float) -> None:

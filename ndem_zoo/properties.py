@@ -24,7 +24,7 @@ class Property(NamedTuple):
         ``"sum"`` over atoms; ``"dipole"``, the norm of the dipole moment; ``"spatial_extent"``, <r²>.
     has_references
         Whether most of it is a sum of constants of the elements (total energies): those are then subtracted. Otherwise
-        its mean over the training data is.
+        its mean over the training data is; from a dipole moment nothing.
     report
         Further unit that papers use, or "".
     factor
@@ -45,17 +45,18 @@ _MILLI = Property("eV", report="meV", factor=1e3)
 PROPERTIES: dict[str, Property] = {
     "energy": Property("eV", has_references=True, report="kcal/mol", factor=1.0 / KCAL_PER_MOL),
     "mu": Property("D", "dipole"),
-    "alpha": Property("a0³"),
+    # Choice: polarizability, zero-point energy and heat capacity are additive in the first place, too.
+    "alpha": Property("a0³", has_references=True),
     "homo": _MILLI,
     "lumo": _MILLI,
     "gap": _MILLI,
-    "r2": Property("a0²", "spatial_extent"),
-    "zpve": _MILLI,
+    "r2": Property("a0²", "spatial_extent", has_references=True),
+    "zpve": _TOTAL,
     "U0": _TOTAL,
     "U": _TOTAL,
     "H": _TOTAL,
     "G": _TOTAL,
-    "Cv": Property("cal/mol/K"),
+    "Cv": Property("cal/mol/K", has_references=True),
 }
 
 

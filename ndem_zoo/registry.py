@@ -22,6 +22,7 @@ OBJECTIVES: dict[str, str] = {
     "supervised": "ndem_zoo.objectives.supervised:Supervised",
     "noisy_nodes": "ndem_zoo.objectives.noisy_nodes:NoisyNodes",
     "ndem": "ndem_zoo.objectives.ndem:NDeM",
+    "dens": "ndem_zoo.objectives.dens:DeNS",
 }
 
 DATASETS: dict[str, str] = {

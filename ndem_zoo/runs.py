@@ -404,7 +404,7 @@ def run_record(model: NDeMModel, splits: Splits, command: str = "") -> dict[str,
 
 
 def predict_columns_of(model: NDeMModel, dataset: MolecularDataset) -> dict[str, np.ndarray]:
-    """A model's predictions as columns: ``"energy"`` (S,) in eV, ``"forces"`` (A, 3) in eV/Å."""
+    """A model's predictions as columns: the target (S,), ``"forces"`` (A, 3) in eV/Å."""
     predicted = model.predict(dataset)
     if "forces" in predicted:
         forces = predicted["forces"]
@@ -585,8 +585,7 @@ def predict_run(
     bare = [Atoms(numbers=a.numbers, positions=a.positions, cell=a.cell, pbc=a.pbc) for a in frames]
     predicted = load_model(path, device).predict(bare)
     for number, atoms in enumerate(frames):
-        values = {name: predicted[name][number] for name in ("energy", "forces") if name in predicted}
-        _attach(atoms, values)
+        _attach(atoms, {name: column[number] for name, column in predicted.items()})
     write_frames(Path(out), frames)
     return len(frames)
 
@@ -617,7 +616,10 @@ def read_start(source: str, reading: Reading = AS_IT_IS) -> Atoms:
 
 
 def _attach(atoms: Atoms, predicted: Mapping[str, Any]) -> None:
-    """Predictions into the calculator of `atoms`; labels that were there become ``REF_...``, if there is none yet."""
+    """Predictions into the calculator of `atoms`; labels that were there become ``REF_...``, if there is none yet.
+
+    Targets that ASE's calculators do not know go into `info`, under ``pred_...``.
+    """
     from ase.calculators.singlepoint import SinglePointCalculator
 
     labels = dict(atoms.calc.results) if atoms.calc is not None else {}
@@ -625,6 +627,6 @@ def _attach(atoms: Atoms, predicted: Mapping[str, Any]) -> None:
         atoms.info.setdefault("REF_energy", float(labels["energy"]))
     if "forces" in labels and "REF_forces" not in atoms.arrays:
         atoms.arrays["REF_forces"] = np.array(labels["forces"])
-    atoms.calc = SinglePointCalculator(atoms, energy=float(predicted["energy"]))
-    if "forces" in predicted:
-        atoms.calc.results["forces"] = np.array(predicted["forces"])
+    known = {name: np.array(predicted[name]) for name in ("energy", "forces") if name in predicted}
+    atoms.calc = SinglePointCalculator(atoms, **known) if known else None
+    atoms.info |= {f"pred_{name}": float(value) for name, value in predicted.items() if name not in known}

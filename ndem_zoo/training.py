@@ -34,7 +34,7 @@ from ndem_zoo.history import History, HistoryLog
 from ndem_zoo.inference import predict_columns
 from ndem_zoo.metrics import error_metrics
 from ndem_zoo.models.potential import Potential
-from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative
+from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative, check_whole
 from ndem_zoo.progress import Progress
 from ndem_zoo.sampling import Collator, Order, load, step_seed
 
@@ -42,13 +42,15 @@ if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
 
 Schedule = Literal["plateau", "cosine", "constant"]
-Precision = Literal["32-true", "64-true"]
+Precision = Literal["32-true", "64-true", "bf16-mixed"]
 
 #: Choice: so many of the newest checkpoints are kept; the one before the newest is there in case a disk fails.
 KEEP_CHECKPOINTS = 2
 
 #: Choice: a checkpoint remembers its data by a hash over at most about so many rows of each column.
 HASHED_ROWS = 100_000
+
+_DRAWING = threading.RLock()  # several threads at once must not draw in turns
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class TrainSettings:
     weight_decay
         Of AdamW.
     warmup_steps
-        Steps over which the learning rate rises linearly from 0.
+        Steps over which the learning rate rises linearly, from `warmup_factor` times its value.
+    warmup_factor
+        See `warmup_steps`; 0 begins at the first step's share.
     schedule
         ``"plateau"``: multiplied by `plateau_factor` when the validation loss (without validation data: the training
         loss) has not fallen for `plateau_patience` validations; ``"cosine"`` to `min_lr` over the training;
@@ -94,7 +98,8 @@ class TrainSettings:
     validate_every
         Steps between validations; None for every epoch.
     precision
-        ``"32-true"`` or ``"64-true"``.
+        ``"32-true"``, ``"64-true"``, or ``"bf16-mixed"``: weights and sums in float32, products of matrices in
+        bfloat16 (training only; validation and prediction are in float32).
     seed
         Of the weights, the order of the data and the noise.
 
@@ -112,6 +117,7 @@ class TrainSettings:
     lr: float = 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    warmup_factor: float = 0.0
     schedule: Schedule = "plateau"
     plateau_factor: float = 0.8
     plateau_patience: int = 30
@@ -134,6 +140,7 @@ class TrainSettings:
         check_choice("precision", self.precision, Precision)
         for name in ("weight_decay", "min_lr", "lr"):
             check_not_negative(name, getattr(self, name))
+        check_not_negative("warmup_factor", self.warmup_factor)
         check_whole("eval_batch_size", self.eval_batch_size, 1)
         if self.batch_size is not None or self.max_atoms is None:
             check_whole("batch_size", self.batch_size, 1)
@@ -164,13 +171,15 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSett
 class TrainStep(nn.Module):
     """Potential and objective as one module: what Fabric wraps, so that all gradients are seen by it."""
 
-    def __init__(self, potential: Potential, objective: Objective) -> None:
+    def __init__(self, potential: Potential, objective: Objective, bf16: bool = False) -> None:
         super().__init__()
-        self.potential, self.objective = potential, objective
+        self.potential, self.objective, self.bf16 = potential, objective, bf16
 
     def forward(self, inputs: StepInputs) -> dict[str, Tensor]:
         """Named, weighted terms of one batch."""
-        return self.objective(self.potential, inputs.batch, inputs.rng)
+        # Pitfall: Fabric's own mixed precision casts the positions too, which costs 0.1 Å at 20 Å.
+        with torch.autocast(inputs.batch.pos.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.objective(self.potential, inputs.batch, inputs.rng)
 
 
 class StepInputs:
@@ -223,11 +232,9 @@ class Run:
         # Pitfall: Fabric's own "64-true" changes torch's default dtype and rounds the terms to float32 on their way out.
         self.fabric = Fabric(accelerator=accelerator, devices=devices)
         self.dtype = torch.float64 if settings.precision == "64-true" else torch.float32
-        module = TrainStep(potential, objective).to(device, self.dtype)
+        module = TrainStep(potential, objective, settings.precision == "bf16-mixed").to(device, self.dtype)
         self.trainable = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            self.trainable, lr=settings.lr, weight_decay=settings.weight_decay, **_fused(device)
-        )
+        optimizer = torch.optim.AdamW(decay_groups(module, settings.weight_decay), lr=settings.lr, **_fused(device))
         self.module, self.optimizer = self.fabric.setup(module, optimizer)
         self.ema = WeightAverage(potential, settings.ema_decay) if settings.ema_decay else None
         self.rng = torch.Generator(device=device)
@@ -269,7 +276,10 @@ class Run:
             lr = settings.min_lr + 0.5 * (lr - settings.min_lr) * (1.0 + math.cos(math.pi * self.progress))
         elif settings.schedule == "plateau":
             lr = max(settings.min_lr, lr * state.plateau_scale)
-        return lr * min(1.0, (state.step + 1) / settings.warmup_steps) if settings.warmup_steps else lr
+        if state.step + 1 < settings.warmup_steps:
+            done = (state.step + 1) / settings.warmup_steps
+            lr *= settings.warmup_factor + (1.0 - settings.warmup_factor) * done
+        return lr
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the steps to come, without end; to be closed."""
@@ -292,9 +302,11 @@ class Run:
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The terms of a batch, with the randomness of this step."""
-        self.rng.manual_seed(step_seed(self.settings.seed, self.state.step))
+        seed = step_seed(self.settings.seed, self.state.step)
+        self.rng.manual_seed(seed)
         self.objective.progress = self.progress
-        return self.module(StepInputs(batch, self.rng))
+        with seeded(seed, self.fabric.device) if self.potential.backbone.is_random else contextlib.nullcontext():
+            return self.module(StepInputs(batch, self.rng))
 
     def backward(self, loss: Tensor) -> None:
         """The gradient of the loss."""
@@ -578,9 +590,10 @@ def validation_metrics(
         name: torch.as_tensor(predicted[name] - dataset.targets[name]) / scale
         for name in sorted(objective.supervised.requires)
     }
-    terms = objective.supervised.terms_of_errors(errors)
+    fixed = np.zeros(len(dataset.z), dtype=bool) if dataset.fixed is None else np.array(dataset.fixed)
+    terms = objective.supervised.terms_of_errors(errors, torch.from_numpy(~fixed))
     metrics = error_metrics(predicted, dataset.targets, dataset.z, dataset.ptr)
-    kept = ("energy_mae", "forces_mae", "forces_rmse")
+    kept = (f"{potential.target}_mae", "forces_mae", "forces_rmse")
     return {"valid_loss": float(sum(terms.values()))} | {f"valid_{k}": metrics[k] for k in kept if k in metrics}
 
 
@@ -610,6 +623,36 @@ def _prepare(directory: Path, resume: bool) -> None:
         raise ConfigError(f"{directory} holds a training already: pass resume=True to continue it, or another folder")
     directory.mkdir(parents=True, exist_ok=True)
     files.remove_leftovers(directory)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Draw from torch's global generators with a seed of one's own, and leave them as they were.
+
+    New layers and dropout know no others: those of the CPU and, if it is another one, of `device`.
+    """
+    is_cuda = device is not None and device.type == "cuda"
+    with _DRAWING, torch.random.fork_rng(devices=[device] if is_cuda else []):
+        torch.default_generator.manual_seed(seed)  # Pitfall: torch.manual_seed would seed the GPUs' generators for good
+        if is_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of an optimizer: biases and weights of norms are not decayed (EquiformerV2's recipe).
+
+    Norms are known by the name of their class; without decay there is one group.
+    """
+    decayed, others = [], []
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                is_exempt = weight_decay and ("bias" in name or "Norm" in type(owner).__name__)
+                (others if is_exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def _fused(device: torch.device) -> dict[str, bool]:
@@ -714,12 +757,6 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], State, dict[str, Tenso
     if file_digest(path / "trainer.safetensors") != digest:
         raise FileFormatError(f"{path / 'trainer.safetensors'} is damaged: its checksum is not the recorded one")
     return stored, state, tensors
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise ConfigError unless `value` is a whole number that is not below `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ConfigError(f"{name}={value!r}; it must be a whole number, {least} or more")
 
 
 def check_switch(name: str, value: Any) -> None:

@@ -20,6 +20,7 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils import estimator_checks
 from sklearn.utils.validation import check_is_fitted
 
+from ndem_zoo import checkpoint as files
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import ConfigError, DataError, FileFormatError, NotFittedError, UnitsWarning
 from ndem_zoo.models import estimator as module
@@ -196,7 +197,7 @@ def test_a_misspelt_keyword_is_an_error():
         ({"objective": "nedm"}, "there is no objective 'nedm'; there are .*ndem, noisy_nodes, supervised"),
         ({"preset": "md17"}, "there is no preset 'md17'; there are md17_paper"),
         ({"forces": "numeric"}, "forces='numeric'; allowed are gradient, direct, none"),
-        ({"scale": "kcal"}, "scale='kcal'; allowed are a number in eV, 'force_rms' and 'energy_std'"),
+        ({"scale": "kcal"}, "scale='kcal'; allowed are a number in eV, 'force_rms' and 'target_std'"),
         ({"scale": -1.0}, r"scale=-1\.0 eV; it must be a positive number"),
         ({"weight": -1}, "weight=-1; it must be a number >= 0"),
         ({"weight_schedule": "linear"}, "weight_schedule='linear'; allowed are constant, decay, warmup"),
@@ -431,7 +432,7 @@ def test_labels_are_not_looked_at(fitted, test_set):
     wrong = MolecularDataset(**{**columns, "targets": broken})
     for data in (blind, wrong):
         assert_same_predictions(fitted.predict(data), fitted.predict(test_set))
-    with pytest.raises(DataError, match="neither energies nor forces"):
+    with pytest.raises(DataError, match="none of energy, forces to compare with"):
         fitted.evaluate(blind)
     with pytest.raises(DataError, match="structure 0: energy is nan"):
         fitted.evaluate(MolecularDataset(**{**columns, "targets": {"energy": broken["energy"]}}))
@@ -542,7 +543,7 @@ def test_given_reference_energies(train_set, test_set, keys):
         ({"H": 0.0, "C": 0.0}, "reference_energies lacks O, which the training data contain"),
         ({"H": 0.0, "C": 0.0, "O": np.nan}, "reference_energies lacks O"),
         ({"H": 0.0, "C": 0.0, "O": 0.0, "Xx": 0.0}, "reference_energies has 'Xx', which is no element"),
-        ({"H": 0.0, "C": 0.0, "O": 0.0, 101: 0.0}, "reference_energies has 101, which is no element up to Z = 100"),
+        ({"H": 0.0, "C": 0.0, "O": 0.0, 101: 0.0}, "reference_energies has .101., which is no element up to Z = 100"),
     ],
 )
 def test_reference_energies_that_are_refused(train_set, given, message):
@@ -552,13 +553,13 @@ def test_reference_energies_that_are_refused(train_set, given, message):
 
 def test_scale(train_set, mixed):
     forces, energy = train_set.targets["forces"], train_set.targets["energy"]
-    expected = {"force_rms": np.sqrt(np.mean(forces**2)), "energy_std": np.std(energy), 0.25: 0.25}
+    expected = {"force_rms": np.sqrt(np.mean(forces**2)), "target_std": np.std(energy), 0.25: 0.25}
     for given, value in expected.items():
         model = estimator(scale=given, max_steps=1).fit(train_set)
         assert float(model.potential_.scale) == pytest.approx(value, rel=1e-9)
     # Reference energies that explain everything leave rounding errors: no unit to measure energies in.
     exact = MolecularDataset(**{**mixed.columns(), "targets": {"energy": np.array([12.1, 2.2, 12.1, 9.9])}})
-    model = estimator(scale="energy_std", forces="none", batch_size=2, max_steps=1).fit(exact)
+    model = estimator(scale="target_std", forces="none", batch_size=2, max_steps=1).fit(exact)
     assert float(model.potential_.scale) == 1.0
 
 
@@ -574,6 +575,8 @@ VARIANTS = {
     "reuse": {"objective_options": {"reuse_main_head": True}},
     "direct": {"forces": "direct"},
     "double": {"precision": "64-true", "reference_energies": {"H": -13.6, 6: -1000.1, "8": -2000.2}},
+    "dens": {"objective": "dens", "objective_options": {"head_width": 5}},
+    "bf16": {"precision": "bf16-mixed"},
     "numpy": {
         "weight": np.float64(0.3),
         "batch_size": np.int64(2),
@@ -676,7 +679,7 @@ def edit(path: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format=2), "has format 2; this version reads up to 1"),
+        (lambda c: c.update(format=3), "has format 3; this version reads up to 2"),
         (lambda c: c.update(format="new"), "does not describe a model"),
         (lambda c: c.update(model="os:system"), "there is no model 'os:system'"),
         (lambda c: c.update(model="NoSuchNet"), "there is no model 'NoSuchNet'"),
@@ -955,3 +958,21 @@ def test_a_label_of_the_objective_is_required_too(train_set):
         estimator(**options).fit(energies)
     assert NDeMOptions().grad_main == "stop"
     estimator(force_weight=0.0).fit(energies)
+
+
+def test_a_model_from_before_there_were_targets(fitted, test_set, tmp_path):
+    """Format 1 had energies only, and no shift."""
+    fitted.save(tmp_path / "model")
+
+    def older(config: dict) -> None:
+        config["format"] = 1
+        del config["resolved"]["supervised"]["target"], config["resolved"]["reference_energies"]
+        del config["params"]["target"], config["params"]["warmup_factor"]
+
+    edit(tmp_path / "model" / "config.json", older)
+    weights = tmp_path / "model" / "weights.safetensors"
+    tensors = files.load_tensors(weights)
+    assert float(tensors.pop("potential.shift")) == 0.0
+    files.save_tensors(weights, tensors)
+    loaded = NDeMTorchMDNet.load(tmp_path / "model")
+    assert_same_predictions(loaded.predict(test_set), fitted.predict(test_set))

@@ -194,3 +194,23 @@ def test_noise_in_single_precision():
     batch = batch_of(example_molecules(), 5.0, dtype=torch.float32)
     noisy, noise = masked_gaussian(batch, rng(), cutoff=5.0, sigma=(0.01, 0.1), ratio=0.5)
     assert {x.dtype for x in (noisy.pos, noise.epsilon, noise.sigma)} == {torch.float32}
+
+
+def test_some_structures_are_left_as_they_are():
+    batch = structures_of([4] * 1000)
+    for ratio in (0.5, 1.0):
+        noisy, noise = masked_gaussian(batch, rng(), cutoff=5.0, sigma=0.1, ratio=ratio, probability=0.25)
+        moved = torch.stack([part.any() for part in per_structure(noise.mask, batch)])
+        assert 0.2 < moved.double().mean() < 0.3
+        assert torch.equal(noise.epsilon != 0, noise.mask.unsqueeze(-1).expand(-1, 3))
+        torch.testing.assert_close(noisy.pos, batch.pos + noise.epsilon)
+
+
+def test_edges_are_reused_on_request():
+    batch = batch_of([example_cluster()], 4.0)
+    options = {"cutoff": 4.0, "sigma": 0.3}
+    reused, one = masked_gaussian(batch, rng(), reuse_edges=True, **options)
+    rebuilt, other = masked_gaussian(batch, rng(), **options)
+    assert torch.equal(one.epsilon, other.epsilon)
+    assert reused.src is batch.src
+    assert not torch.equal(rebuilt.vectors().norm(dim=-1).sort().values, reused.vectors().norm(dim=-1).sort().values)

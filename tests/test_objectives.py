@@ -308,3 +308,75 @@ def test_impossible_noisy_nodes():
     ):
         with pytest.raises(ConfigError, match=message):
             NoisyNodes(options=options)
+
+
+# ---------------------------------------------------------------------------------------------------------- fixed atoms
+
+
+@pytest.mark.parametrize("name", ["supervised", "ndem", "noisy_nodes", "dens"])
+def test_fixed_atoms_have_no_say(name):
+    """Neither their labels nor what heads say of them count; they are not moved either."""
+    case = ObjectiveCase.of(name)
+    batch = case.batch()
+    fixed = torch.zeros_like(batch.fixed)
+    fixed[[0, 3, 11]] = True
+    forces = batch.targets["forces"].clone()
+    forces[fixed] += 1e3
+    objective, potential = case.build()
+    held = batch.replace(fixed=fixed)
+    terms = objective(potential, held, rng(5))
+    other = objective(potential, held.replace(targets={**batch.targets, "forces": forces}), rng(5))
+    for key in terms:
+        assert torch.equal(terms[key], other[key])
+    free = objective(potential, batch.replace(targets={**batch.targets, "forces": forces}), rng(5))
+    assert free["forces"] > 1e3 * terms["forces"], "while they are free, they do"
+    if name == "ndem":  # their residual is F - F', which is not 0
+        head = objective.noisy_force_head
+        value = objective(potential, held, rng(5))["ndem"]
+        noisy, noise = objective.options.displace(held, rng(5), potential.backbone.cutoff)
+        residual = potential(held).forces / 0.7 - head(potential.backbone(noisy), noisy) - noise.epsilon / noise.sigma
+        torch.testing.assert_close(value, residual[~fixed].square().sum(-1).mean(), rtol=1e-10, atol=0)
+        assert not noise.mask[fixed].any()
+
+
+def test_l2mae_is_the_mean_length_of_the_errors():
+    case = ObjectiveCase.of("supervised")
+    batch = case.batch()
+    objective, potential = case.build(supervised=SupervisedLoss(energy_weight=4.0, force_weight=100.0, loss="l2mae"))
+    terms, prediction = objective(potential, batch, rng()), potential(batch)
+    energy = (prediction.energy - batch.targets["energy"]).abs().mean() / 0.7
+    forces = (prediction.forces - batch.targets["forces"]).norm(dim=-1).mean() / 0.7
+    torch.testing.assert_close(terms["energy"], 4.0 * energy, rtol=1e-12, atol=0)
+    torch.testing.assert_close(terms["forces"], 100.0 * forces, rtol=1e-12, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------------ DeNS
+
+
+def test_dens_by_hand():
+    """Moved atoms: the noise, told their forces; the others: forces; all structures: their energy before the noise."""
+    case = ObjectiveCase.of("dens", {"sigma": 0.1, "ratio": 0.4, "probability": 0.7})
+    objective, potential = case.build(weight=3.0, supervised=SupervisedLoss(energy_weight=2.0, force_weight=5.0))
+    batch = case.batch()
+    terms = objective(potential, batch, rng(2))
+    noisy, noise = masked_gaussian(batch, rng(2), cutoff=5.0, sigma=0.1, ratio=0.4, probability=0.7)
+    moved = noise.mask
+    assert 0 < moved.sum() < len(moved)
+    encoding = torch.where(moved.unsqueeze(-1), batch.targets["forces"], 0.0)
+    prediction = potential(noisy, node_vectors=encoding)
+    energy = ((prediction.energy - batch.targets["energy"]) / 0.7).square().mean()
+    forces = ((prediction.forces - batch.targets["forces"]) / 0.7)[~moved].square().mean()
+    head = objective.noise_head(potential.backbone(noisy, encoding), noisy)
+    noise_term = (head - noise.epsilon / 0.1)[moved].square().mean()
+    for key, value in {"energy": 2.0 * energy, "forces": 5.0 * forces, "denoising": 3.0 * noise_term}.items():
+        torch.testing.assert_close(terms[key], value, rtol=1e-10, atol=0)
+
+
+def test_heads_of_another_width():
+    for name, head in (("ndem", "noisy_force_head"), ("dens", "noise_head")):
+        narrow, _ = ObjectiveCase.of(name, {"head_width": 3}).build()
+        usual, _ = ObjectiveCase.of(name).build()
+        sizes = [sum(p.numel() for p in getattr(o, head).parameters()) for o in (narrow, usual)]
+        assert sizes[0] < 0.7 * sizes[1]
+        with pytest.raises(ConfigError, match="head_width=0"):
+            ObjectiveCase.of(name, {"head_width": 0}).build()

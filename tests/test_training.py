@@ -24,8 +24,9 @@ from ndem_zoo import checkpoint as files
 from ndem_zoo import training
 from ndem_zoo.errors import ConfigError, FileFormatError, TrainingError
 from ndem_zoo.history import read_history, write_history
-from ndem_zoo.models.torchmd_net import NDeMTorchMDNet
-from ndem_zoo.training import Run, TrainSettings
+from ndem_zoo.models.torchmd_net import NDeMTorchMDNet, TorchMDNet
+from ndem_zoo.registry import BACKBONES
+from ndem_zoo.training import Run, TrainSettings, decay_groups
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = {"hidden_channels": 8, "num_layers": 1, "num_heads": 2, "num_rbf": 4}
@@ -588,7 +589,7 @@ def straight(train_set, valid_set, tmp_path_factory):
 def test_the_run_that_is_compared_with_has_a_past(straight):
     """Else the tests below would prove nothing."""
     tensors, state = final(straight[0])
-    assert state["plateau_scale"] < 0.3
+    assert state["plateau_scale"] < 1.0
     assert 0 < state["best_step"] < STEPS
     kinds = {name.partition(".")[0] for name in tensors}
     assert kinds == {"module", "optimizer", "ema", "best"}, "the sums have gone into the last row"
@@ -1064,3 +1065,61 @@ def test_building_a_model_leaves_the_generators_of_gpus_alone(train_set):
     before = torch.cuda.get_rng_state()
     estimator(device="cuda").fit(train_set, max_steps=1)
     assert torch.equal(before, torch.cuda.get_rng_state())
+
+
+# ------------------------------------------------------------------------------------ warm-up, decay, dropout, bfloat16
+
+
+def test_the_warm_up_begins_at_its_factor(train_set):
+    model = estimator(lr=0.01, warmup_steps=4, warmup_factor=0.2, validate_every=1).fit(train_set, max_steps=6)
+    expected = [0.01 * (0.2 + 0.8 * k / 4) for k in (1, 2, 3, 4)] + [0.01] * 2
+    # a row of the history tells the rate of the step to come
+    assert [row["lr"] for row in model.history_] == pytest.approx(expected[1:] + expected[-1:])
+
+
+def test_biases_and_norms_do_not_decay():
+    model = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(2, 3), "norm": torch.nn.LayerNorm(3), "e": torch.nn.Embedding(4, 2)}
+    )
+    model["e"].weight.requires_grad_(False)
+    decayed, others = decay_groups(model, 0.1)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert [p.shape for p in decayed["params"]] == [(3, 2)]
+    assert [p.shape for p in others["params"]] == [(3,), (3,), (3,)]
+    (alone,) = decay_groups(model, 0.0)
+    assert [id(p) for p in alone["params"]] == [id(p) for p in model.parameters() if p.requires_grad]
+
+
+class Dropping(TorchMDNet):
+    """Forgets half of its scalars while training."""
+
+    is_random = True
+
+    def forward(self, batch, node_vectors=None):
+        features = super().forward(batch, node_vectors)
+        return features._replace(scalars=torch.nn.functional.dropout(features.scalars, 0.5, self.training))
+
+
+def test_dropout_is_part_of_what_the_seed_decides(train_set, monkeypatch, tmp_path):
+    monkeypatch.setitem(BACKBONES, "torchmd_net", f"{__name__}:Dropping")
+    settings = {"plan": "eager", "validate_every": 2}
+    whole = estimator(**settings).fit(train_set, max_steps=6, checkpoint_dir=tmp_path / "whole")
+    estimator(**settings).fit(train_set, max_steps=3, checkpoint_dir=tmp_path / "parts")
+    torch.rand(7)  # somebody else draws in the meantime
+    state = torch.get_rng_state()
+    resumed = estimator(**settings).fit(train_set, max_steps=6, checkpoint_dir=tmp_path / "parts", resume=True)
+    assert torch.equal(torch.get_rng_state(), state), "and sees nothing of our draws"
+    assert_same_weights(whole.potential_.state_dict(), resumed.potential_.state_dict())
+
+
+@pytest.mark.parametrize("forces", ["gradient", "direct"])
+def test_bfloat16_is_single_precision_but_for_products(train_set, valid_set, forces):
+    settings = {"plan": "eager", "validate_every": 10, "lr": 1e-3, "forces": forces}
+    single = estimator(**settings).fit(train_set, valid_set, max_steps=40)
+    half = estimator(precision="bf16-mixed", **settings).fit(train_set, valid_set, max_steps=40)
+    assert {p.dtype for p in half.potential_.parameters()} == {torch.float32}
+    ones, others = ([row["valid_loss"] for row in model.history_] for model in (single, half))
+    assert ones != others
+    np.testing.assert_allclose(others, ones, rtol=0.1)
+    with pytest.raises(ConfigError, match="plan='fused' computes in float32 or float64"):
+        estimator(precision="bf16-mixed", plan="fused").fit(train_set, max_steps=1)

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from benchmarks.speed.structures import CUTOFF, Inputs, molecule_sets
 from ndem_zoo.graph import Batch
-from ndem_zoo.models.estimator import seeded
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.models.torchmd_net import TorchMDNet
 from ndem_zoo.objectives.base import Objective
 from ndem_zoo.objectives.ndem import NDeM
 from ndem_zoo.objectives.supervised import Supervised
+from ndem_zoo.training import seeded
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -61,17 +61,33 @@ class Backbone(nn.Module, ABC):
         Limit on the neighbors of an atom within the cutoff; batches may then be made with fewer edges. None: all count.
     is_smooth : bool
         Whether energies are continuous when atoms cross the cutoff; a limit on neighbors makes them jump all the same.
+    is_random : bool
+        Whether it draws from torch's global generator in training mode (dropout), which is then seeded for every step.
     """
 
     cutoff: float
     max_z: int = MAX_Z + 1
     nearest: Nearest | None = None
     is_smooth: bool = True
+    is_random: bool = False
     tiny: ClassVar[dict[str, Any]]
+    #: Published sets of options by name; `from_preset` and the option ``preset`` of an estimator take them.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
     #: How the pass is run: ``"eager"``, plain and the reference, or one of `plans`.
     plan: str = "eager"
     #: Plans that this backbone has; all give the same numbers.
     plans: ClassVar[tuple[str, ...]] = ("eager",)
+
+    @classmethod
+    def from_preset(cls, name: str, **options: Any) -> Backbone:
+        """A backbone with the options of a preset, some of which may be replaced.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such preset or option; lists those that there are.
+        """
+        return cls(**options_of(cls, {"preset": name, **options}))
 
     @abstractmethod
     def forward(self, batch: Batch, node_vectors: Float[Tensor, "N 3"] | None = None) -> Features:
@@ -111,12 +127,36 @@ class Backbone(nn.Module, ABC):
         """A new head (N,) for these features, with freshly drawn weights."""
 
     @abstractmethod
-    def vector_head(self) -> Head:
-        """A new head (N, 3) for these features, with freshly drawn weights."""
+    def vector_head(self, width: int | None = None) -> Head:
+        """A new head (N, 3) for these features, with freshly drawn weights.
+
+        Parameters
+        ----------
+        width
+            Channels inside the head, for a smaller one than the backbone's own.
+        """
+
+    def charge_head(self) -> nn.Module:
+        """A new head that gives scalars (N,) and vectors (N, 3) at once: partial charges and atomic dipoles."""
+        return ChargeHead(self)
+
+
+class ChargeHead(nn.Module):
+    """A scalar head and a vector head side by side."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.scalar, self.vector = backbone.scalar_head(), backbone.vector_head()
+
+    def forward(self, features: Features, batch: Batch) -> tuple[Float[Tensor, " N"], Float[Tensor, "N 3"]]:
+        """Scalars and vectors of the atoms."""
+        return self.scalar(features, batch), self.vector(features, batch)
 
 
 def options_of(cls: type, given: dict[str, Any]) -> dict[str, Any]:
-    """All options of `cls` with their values: `given`, completed by the defaults of its constructor.
+    """All options of `cls` with their values: `given`, completed by those of a preset and the constructor's defaults.
+
+    ``preset`` in `given` names one of the presets of `cls`.
 
     Raises
     ------
@@ -125,6 +165,11 @@ def options_of(cls: type, given: dict[str, Any]) -> dict[str, Any]:
     """
     parameters = [p for p in inspect.signature(cls).parameters.values() if p.name != "self"]
     known = {p.name: p.default for p in parameters}
+    if "preset" in given and "preset" not in known:
+        presets, name = getattr(cls, "presets", {}), given["preset"]
+        if name not in presets:
+            raise ConfigError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(presets) or 'none'}")
+        given = presets[name] | {key: value for key, value in given.items() if key != "preset"}
     for name in given:
         if name not in known:
             raise ConfigError(f"{cls.__name__} has no option {name!r}; it has {', '.join(sorted(known))}")

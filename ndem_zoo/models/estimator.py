@@ -6,17 +6,15 @@ It holds no mathematics and no loop: it resolves presets, checks data, builds po
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from ase.data import atomic_numbers, chemical_symbols
+from ase.data import atomic_masses, atomic_numbers, chemical_symbols
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 
@@ -31,17 +29,17 @@ from ndem_zoo.history import read_history, write_history
 from ndem_zoo.inference import predict_columns
 from ndem_zoo.metrics import error_metrics
 from ndem_zoo.models.base import Backbone, options_of
-from ndem_zoo.models.potential import Potential
+from ndem_zoo.models.potential import EXTENT, Potential
 from ndem_zoo.objectives.base import Objective, SupervisedLoss
 from ndem_zoo.physics import MAX_Z, fit_reference_energies
 from ndem_zoo.presets import preset_values
-from ndem_zoo.training import TrainSettings, train
+from ndem_zoo.properties import property_of
+from ndem_zoo.training import TrainSettings, seeded, train
 
 #: Version of the layout of a saved model's folder.
-FORMAT = 1
+FORMAT = 2
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(TrainSettings))
-_DRAWING = threading.RLock()  # models built in several threads at once must not draw in turns
 _MODEL_FILES = {"config.json", "weights.safetensors", "history.csv", "card.md"}
 
 
@@ -58,9 +56,12 @@ class NDeMModel(BaseEstimator):
     Parameters
     ----------
     preset : str, optional
-        Recipe: ``"md17_paper"`` (default), ``"md17_paper_1_100"``, ``"md17_fast"``.
+        Recipe, one of `ndem_zoo.presets.PRESETS`; default the one that the subclass names.
+    target : str, optional
+        What is predicted: ``"energy"``, whose derivative are forces, or another label with one number per structure; for
+        those of `ndem_zoo.properties`, such as ``"gap"`` or ``"mu"``, the way from atoms to structures is known.
     objective : str
-        ``"ndem"``, ``"noisy_nodes"`` or ``"supervised"``.
+        ``"ndem"``, ``"noisy_nodes"``, ``"dens"`` or ``"supervised"``.
     weight : float, optional
         Weight of the objective's auxiliary term (the paper's lambda).
     weight_schedule : str, optional
@@ -74,20 +75,22 @@ class NDeMModel(BaseEstimator):
     energy_weight, force_weight : float, optional
         Weights of the supervised terms.
     loss : str, optional
-        ``"mse"``, ``"l1"`` or ``"smooth_l1"``, of labels divided by the scale.
+        ``"mse"``, ``"l1"``, ``"smooth_l1"`` or ``"l2mae"``, of labels divided by the scale.
     scale : float or str, optional
-        The network's unit of energy (eV) and force (eV/Å): a number, ``"force_rms"`` (of the training forces) or
-        ``"energy_std"`` (of the training energies beyond the reference energies).
-    reference_energies : dict, optional
-        Energy in eV by chemical symbol or atomic number, such as those of isolated atoms; default: least squares fit
-        to the training energies.
+        The network's unit of energy (eV) and force (eV/Å), or of another target: a number, ``"force_rms"`` (of the
+        training forces) or ``"target_std"`` (of the training targets beyond the reference energies).
+    reference_energies : dict or str, optional
+        What is subtracted from the target before it is learned. Energy in eV by chemical symbol or atomic number, such as
+        those of isolated atoms; ``"fit"``, a least squares fit to the training data; ``"dataset"``, those that the
+        dataset's card has; ``"mean"``, one number for every structure, the mean of the training data (adsorption
+        energies, gaps); ``"none"``. Default: ``"fit"`` for what is nearly a sum over atoms, ``"mean"`` for the rest.
     device : str
         ``"auto"`` (CUDA where there is one, else CPU), or any torch device.
     precision : str
-        ``"32-true"`` or ``"64-true"``.
+        ``"32-true"``, ``"64-true"`` or ``"bf16-mixed"``; see `ndem_zoo.training.TrainSettings`.
     seed : int
         Of weights, order of the data, and noise.
-    batch_size, eval_batch_size, max_atoms, bucket, lr, weight_decay, warmup_steps, schedule, plateau_factor, plateau_patience, min_lr, \
+    batch_size, eval_batch_size, max_atoms, bucket, lr, weight_decay, warmup_steps, warmup_factor, schedule, plateau_factor, plateau_patience, min_lr, \
 clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         See `ndem_zoo.training.TrainSettings`. With `max_atoms` and no `batch_size`, only atoms are counted.
     prefetch : bool, optional
@@ -109,17 +112,19 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
     interrupted_ : bool
         Whether Ctrl-C ended the last training before its limits.
     reference_ : dict
-        Reference energies in eV by chemical symbol.
+        Reference energies in eV by chemical symbol, of all elements of the training data.
     resolved_ : dict
         All settings after the preset was applied.
     """
 
     backbone_name: ClassVar[str]
+    default_preset: ClassVar[str] = "md17_paper"
 
     def __init__(
         self,
         *,
         preset: str | None = None,
+        target: str | None = None,
         objective: str = "ndem",
         weight: float | None = None,
         weight_schedule: str | None = None,
@@ -130,7 +135,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         force_weight: float | None = None,
         loss: str | None = None,
         scale: float | str | None = None,
-        reference_energies: dict[str | int, float] | None = None,
+        reference_energies: dict[str | int, float] | str | None = None,
         device: str = "auto",
         precision: str = "32-true",
         seed: int = 0,
@@ -141,6 +146,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         lr: float | None = None,
         weight_decay: float | None = None,
         warmup_steps: int | None = None,
+        warmup_factor: float | None = None,
         schedule: str | None = None,
         plateau_factor: float | None = None,
         plateau_patience: int | None = None,
@@ -156,6 +162,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         progress: bool = True,
     ) -> None:
         self.preset = preset
+        self.target = target
         self.objective = objective
         self.weight = weight
         self.weight_schedule = weight_schedule
@@ -177,6 +184,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.lr = lr
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
+        self.warmup_factor = warmup_factor
         self.schedule = schedule
         self.plateau_factor = plateau_factor
         self.plateau_patience = plateau_patience
@@ -293,7 +301,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self, train_set: MolecularDataset, valid_set: MolecularDataset | None, limits: dict[str, Any], **options: Any
     ) -> NDeMModel:
         """Run the loop and keep its history."""
-        self.potential_.backbone.use_plan(self.plan, torch_device(self.device))
+        self.potential_.backbone.use_plan(self._plan(), torch_device(self.device))
         self.training_data_ = {
             "name": train_set.name,
             "n_train": len(train_set),
@@ -309,7 +317,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             _settings(self.resolved_, limits),
             device=torch_device(self.device),
             progress=self.progress,
-            identity=_plain(identity | {"reference_energies": self.reference_energies}),
+            identity=_plain(identity | {"reference_energies": self.resolved_["reference_energies"]}),
             **options,
         )
         self.history_ = [*getattr(self, "history_", []), *history]
@@ -349,13 +357,17 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
 
     def _resolve(self) -> dict[str, Any]:
         """All settings: the preset's, replaced by what was given."""
-        values = preset_values(self.preset)
+        values = preset_values(self.preset or self.default_preset)
         own = {
             name: value for name, value in self.get_params(deep=False).items() if value is not None and name in values
         }
         merged = values | own
         backbone = merged.pop("backbone").get(self.backbone_name, {}) | (self.backbone_options or {})
         options = merged.pop("objectives").get(self.objective, {}) | (self.objective_options or {})
+        if merged["target"] != "energy":
+            if self.forces not in (None, "none"):
+                raise ConfigError(f"forces={self.forces!r} with target={merged['target']!r}: only an energy has forces")
+            merged["forces"] = "none"
         settings = {name: merged[name] for name in _SETTINGS if name in merged}
         settings |= {"precision": self.precision, "seed": self.seed, "prefetch": self.prefetch}
         if self.max_atoms is not None and self.batch_size is None:
@@ -368,6 +380,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                     f"forces='none' with force_weight={self.force_weight!r}: there are no forces to train"
                 )
             merged["force_weight"] = 0.0
+        if registry.lookup(registry.OBJECTIVES, self.objective, "objective").encodes_vectors:
+            backbone = {"encode_vectors": True} | backbone
         cls = registry.lookup(registry.BACKBONES, self.backbone_name, "backbone")
         return {
             "settings": settings,
@@ -378,9 +392,10 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 "weight": merged["weight"],
                 "weight_schedule": merged["weight_schedule"],
             },
-            "supervised": {name: merged[name] for name in ("energy_weight", "force_weight", "loss")},
+            "supervised": {name: merged[name] for name in ("energy_weight", "force_weight", "loss", "target")},
             "forces": merged["forces"],
             "scale": merged["scale"],
+            "reference_energies": _plain(merged["reference_energies"]),
         }
 
     @staticmethod
@@ -398,12 +413,12 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
     def _build(self, train_set: MolecularDataset, init_from: str | os.PathLike | NDeMModel | None) -> None:
         """Make potential and objective for these data, with weights drawn from the seed."""
         resolved = self._resolve()
-        reference = self._reference(train_set)
-        scale = self._scale(train_set, reference, resolved["scale"])
+        target = resolved["supervised"]["target"]
+        reference, shift = _references(train_set, target, resolved["reference_energies"])
+        scale = _scale(train_set, target, reference, resolved["scale"])
+        units = {"reference": reference, "scale": scale, "shift": shift}
         with seeded(self.seed):
-            potential = Potential(
-                self._make_backbone(resolved), forces=resolved["forces"], reference=reference, scale=scale
-            )
+            potential = Potential(self._make_backbone(resolved), forces=resolved["forces"], target=target, **units)
         _check_table(train_set, potential.backbone)
         objective = self._make_objective(resolved)
         with seeded(self.seed + 1):  # own draws: the potential's weights do not depend on the objective
@@ -419,9 +434,11 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
     def _rebuild_objective(self, train_set: MolecularDataset) -> None:
         """Take over changed settings; make the objective anew if it is another one."""
         before, now = self.resolved_, self._resolve()
-        for name in ("backbone", "forces"):
-            if now[name] != before[name]:
-                raise ConfigError(f"{name} was {before[name]} when the weights were made, and is {now[name]}: call fit")
+        target = {"target": before["supervised"]["target"]}, {"target": now["supervised"]["target"]}
+        for name in ("backbone", "forces", "target"):
+            old, new = (before | target[0])[name], (now | target[1])[name]
+            if new != old:
+                raise ConfigError(f"{name} was {old} when the weights were made, and is {new}: call fit")
         if any(now[name] != before[name] for name in ("objective", "supervised")):
             heads = self.objective_.state_dict()
             self.objective_ = self._make_objective(now)
@@ -431,30 +448,13 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 self.objective_.load_state_dict(heads)  # only weights of terms were changed
         self.resolved_ = now
 
-    def _reference(self, train_set: MolecularDataset) -> np.ndarray:
-        """Reference energies in eV by atomic number: given, or fitted."""
-        present = np.unique(train_set.z)
-        if self.reference_energies is not None:
-            return _reference_from(self.reference_energies, present)
-        if "energy" not in train_set.targets:
-            return np.zeros(MAX_Z + 1)
-        return fit_reference_energies(train_set.z, train_set.ptr, train_set.targets["energy"])
-
-    @staticmethod
-    def _scale(train_set: MolecularDataset, reference: np.ndarray, wanted: float | str) -> float:
-        """The network's unit in eV."""
-        if not isinstance(wanted, str):
-            return float(wanted)
-        if wanted not in ("force_rms", "energy_std"):
-            raise ConfigError(f"scale={wanted!r}; allowed are a number in eV, 'force_rms' and 'energy_std'")
-        if wanted == "force_rms" and "forces" in train_set.targets:
-            value = float(np.sqrt(np.square(train_set.targets["forces"]).mean()))
-        elif "energy" in train_set.targets:
-            sums = np.add.reduceat(reference[train_set.z], train_set.ptr[:-1])
-            value = float(np.std(train_set.targets["energy"] - sums))
-        else:
-            value = 1.0
-        return value if value > 1e-8 else 1.0  # a single structure has no spread but rounding errors
+    def _plan(self) -> str:
+        """How the backbone is run: what is written by hand has one precision."""
+        if self.precision != "bf16-mixed":
+            return self.plan
+        if self.plan == "fused":
+            raise ConfigError("plan='fused' computes in float32 or float64: choose plan='eager' for bf16-mixed")
+        return "eager"
 
     # -------------------------------------------------------------------------------------------------- prediction
 
@@ -469,8 +469,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         Returns
         -------
         prediction : dict
-            ``"energy"``: (S,) float64 in eV. ``"forces"``, if the potential has them: (S, n, 3) in eV/Å if all
-            structures have n atoms, else a list of (n_i, 3).
+            ``"energy"``, or the name of the target: (S,) float64 in eV, or its unit (`ndem_zoo.properties`).
+            ``"forces"``, if the potential has them: (S, n, 3) in eV/Å if all structures have n atoms, else a list of
+            (n_i, 3).
 
         Raises
         ------
@@ -490,7 +491,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         Parameters
         ----------
         dataset
-            Structures with energies, forces or both.
+            Structures with the target, forces or both.
         metrics
             Names to return; default all of `ndem_zoo.metrics.error_metrics`.
 
@@ -504,22 +505,22 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         columns, structures = self._predict_columns(dataset)
         if len(structures) == 0:
             raise DataError("the dataset is empty: it must hold at least one structure")
-        check_targets(structures, {"energy", "forces"} & set(structures.targets))
+        check_targets(structures, set(columns) & set(structures.targets))
         found = error_metrics(columns, structures.targets, structures.z, structures.ptr)
         if not found:
-            raise DataError("the dataset has neither energies nor forces to compare with")
+            raise DataError(f"the dataset has none of {', '.join(columns)} to compare with")
         unknown = [name for name in metrics or [] if name not in found]
         if unknown:
             raise ConfigError(f"there is no metric {unknown[0]!r} here; there are {', '.join(found)}")
         return found if metrics is None else {name: found[name] for name in metrics}
 
     def score(self, dataset: Any, y: Any = None) -> float:
-        """Negative MAE of the force components in eV/Å (of the energies in eV where there are no forces).
+        """Negative MAE of the force components in eV/Å (of the target in its unit where there are no forces).
 
         `y` is there for scikit-learn, and not looked at.
         """
         found = self.evaluate(dataset)
-        return -found.get("forces_mae", found.get("energy_mae", np.nan))
+        return -found.get("forces_mae", found.get(f"{self.potential_.target}_mae", np.nan))
 
     def _predict_columns(self, dataset: Any) -> tuple[dict[str, np.ndarray], MolecularDataset]:
         """Predictions in columns, and the structures that they are for."""
@@ -527,7 +528,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         structures = as_dataset(dataset)
         check_structures(structures)
         check_known_elements(structures.z, structures.ptr, self.reference_)
-        potential.to(torch_device(self.device)).backbone.use_plan(self.plan, torch_device(self.device))
+        potential.to(torch_device(self.device)).backbone.use_plan(self._plan(), torch_device(self.device))
         return predict_columns(potential, structures, self.resolved_["settings"]["eval_batch_size"]), structures
 
     def _fitted(self) -> Potential:
@@ -612,11 +613,16 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 raise FileFormatError(f"{path} has format {config['format']}; this version reads up to {FORMAT}")
             model_class = registry.lookup(registry.MODELS, config["model"], "model")
             params, resolved = config["params"], config["resolved"]
+            tensors = files.load_tensors(path / "weights.safetensors")
+            if config["format"] == 1:  # from before there were targets other than energies
+                resolved["supervised"].setdefault("target", "energy")
+                resolved.setdefault("reference_energies", None)
+                tensors.setdefault("potential.shift", torch.zeros((), dtype=torch.float64))
             if not issubclass(model_class, cls):
                 raise FileFormatError(f"{path} holds a {config['model']}, not a {cls.__name__}")
             model = model_class(**params | ({} if device is None else {"device": device}))
             model.reference_, model.training_data_ = config["reference"], config["training_data"]
-            model._restore(resolved, files.load_tensors(path / "weights.safetensors"))
+            model._restore(resolved, tensors)
         except (KeyError, TypeError, ConfigError) as error:
             raise FileFormatError(f"{path / 'config.json'} does not describe a model of ours: {error!r}") from error
         model.history_ = read_history(path / "history.csv")
@@ -626,7 +632,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         """Rebuild potential and objective, and fill in their weights."""
         dtype = torch.float64 if resolved["settings"]["precision"] == "64-true" else torch.float32
         with seeded(0):
-            potential = Potential(self._make_backbone(resolved), forces=resolved["forces"])
+            target = resolved["supervised"]["target"]
+            potential = Potential(self._make_backbone(resolved), forces=resolved["forces"], target=target)
             objective = self._make_objective(resolved)
             objective.build(potential)
         for name, module in (("potential.", potential.to(dtype)), ("objective.", objective.to(dtype))):
@@ -695,14 +702,6 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from torch's global generator with a seed of one's own, and leave it as it was: layers know no other."""
-    with _DRAWING, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # Pitfall: torch.manual_seed would seed the GPUs' generators for good
-        yield
-
-
 def _settings(resolved: dict[str, Any], limits: dict[str, Any]) -> TrainSettings:
     """Settings of a run; where `fit` was given limits, those of the constructor and preset do not hold."""
     given = any(limit is not None for limit in limits.values())
@@ -714,7 +713,7 @@ def _copy_weights(source: Potential, target: Potential, keep_scale: bool) -> Non
 
     With `keep_scale` the target's own scale, which was asked for, stays too.
     """
-    own = {"reference", "scale"} if keep_scale else {"reference"}
+    own = {"reference", "shift", "scale"} if keep_scale else {"reference", "shift"}
     state = {name: value for name, value in source.state_dict().items() if name not in own}
     try:
         result = target.load_state_dict(state, strict=False)
@@ -723,6 +722,60 @@ def _copy_weights(source: Potential, target: Potential, keep_scale: bool) -> Non
     missing = [name for name in result.missing_keys if name not in own]
     if missing or result.unexpected_keys:
         raise ConfigError(f"init_from has another architecture: missing {missing}, unexpected {result.unexpected_keys}")
+
+
+def _references(
+    train_set: MolecularDataset, target: str, wanted: dict[str | int, float] | str | None
+) -> tuple[np.ndarray, float]:
+    """Reference energies by atomic number, and what is added once for each structure; see `NDeMModel`."""
+    nothing = np.zeros(MAX_Z + 1)
+    if isinstance(wanted, dict):
+        return _reference_from(wanted, np.unique(train_set.z)), 0.0
+    allowed = ("fit", "dataset", "mean", "none")
+    if wanted is not None and wanted not in allowed:
+        names = ", ".join(map(repr, allowed))
+        raise ConfigError(f"reference_energies={wanted!r}; allowed are {names}, or energies by chemical symbol")
+    known = property_of(target)
+    if wanted is None:
+        wanted = "fit" if known.has_references else "mean" if known.readout == "sum" else "none"
+    if wanted == "dataset":
+        tables = {} if train_set.card is None else train_set.card.atom_references
+        if target not in tables:
+            raise ConfigError(f"reference_energies='dataset', but the dataset has none for {target}: try 'fit'")
+        return _reference_from(tables[target], np.unique(train_set.z)), 0.0
+    if wanted == "none" or target not in train_set.targets:
+        return nothing, 0.0
+    values = train_set.targets[target]
+    if wanted == "mean":
+        return nothing, float(np.mean(values))
+    weight = _extents(train_set) if known.readout == "spatial_extent" else None
+    return fit_reference_energies(train_set.z, train_set.ptr, values, weight), 0.0
+
+
+def _extents(dataset: MolecularDataset) -> np.ndarray:
+    """What the constants of the atoms are multiplied with in a spatial extent."""
+    mass, starts = atomic_masses[dataset.z], dataset.ptr[:-1]
+    total = np.add.reduceat(mass, starts)
+    center = np.add.reduceat(mass[:, None] * dataset.pos, starts) / total[:, None]
+    return np.square(dataset.pos - np.repeat(center, dataset.counts, axis=0)).sum(axis=1) / EXTENT
+
+
+def _scale(train_set: MolecularDataset, target: str, reference: np.ndarray, wanted: float | str) -> float:
+    """The network's unit, in that of the target."""
+    if not isinstance(wanted, str):
+        return float(wanted)
+    if wanted not in ("force_rms", "target_std"):
+        raise ConfigError(f"scale={wanted!r}; allowed are a number in eV, 'force_rms' and 'target_std'")
+    if wanted == "force_rms" and "forces" in train_set.targets and target == "energy":
+        value = float(np.sqrt(np.square(train_set.targets["forces"]).mean()))
+    elif target in train_set.targets:
+        atoms = reference[train_set.z]
+        if property_of(target).readout == "spatial_extent":
+            atoms = atoms * _extents(train_set)
+        value = float(np.std(train_set.targets[target] - np.add.reduceat(atoms, train_set.ptr[:-1])))
+    else:
+        value = 1.0
+    return value if value > 1e-8 else 1.0  # a single structure has no spread but rounding errors
 
 
 def _per_structure(values: np.ndarray, ptr: np.ndarray) -> np.ndarray | list[np.ndarray]:

@@ -1,7 +1,7 @@
 """A potential: backbone, heads, reference energies and the way forces are made.
 
 The one object that training, prediction, the calculator and every export share. Energies and forces leave it in eV and
-eV/Å; inside, the network works in units of `scale`.
+eV/Å, other targets in the unit of `ndem_zoo.properties`; inside, the network works in units of `scale`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,21 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from ase.data import atomic_masses
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch, sum_over_atoms
 from ndem_zoo.models.base import Backbone, Features
-from ndem_zoo.physics import MAX_Z, forces_from_energy
+from ndem_zoo.physics import MAX_Z, forces_from_energy, safe_norm
+from ndem_zoo.properties import property_of
 
 ForceMode = Literal["gradient", "direct", "none"]
+
+
+#: Choice: what a spatial extent is counted in, in Å²: of the size of sum |r - center|² of a molecule of QM9.
+EXTENT = 100.0
 
 
 class Prediction(NamedTuple):
@@ -26,41 +32,52 @@ class Prediction(NamedTuple):
 
     Attributes
     ----------
-    energy : (S,) float64
-        Total energies in eV, reference energies included.
+    value : (S,) float64
+        The target: total energies in eV, reference energies included, or another property in its unit.
     forces : (N, 3) or None
         Forces in eV/Å; None when the potential has none or none were asked for.
     features : Features
         Of the backbone, for objectives that read them with their own heads.
     """
 
-    energy: Float[Tensor, " S"]
+    value: Float[Tensor, " S"]
     forces: Float[Tensor, "N 3"] | None
     features: Features
 
+    @property
+    def energy(self) -> Float[Tensor, " S"]:
+        """`value`, where it is an energy."""
+        return self.value
+
 
 class Potential(nn.Module):
-    """Energy and forces of structures.
+    """Energy and forces of structures, or another property of them.
 
-    E = sum_i (reference[z_i] + scale * s_i), with s_i the scalar head's output; F = -dE/dpos (``"gradient"``), or
-    scale times the output of a vector head (``"direct"``), or not at all (``"none"``).
+    E = shift + sum_i (reference[z_i] + scale * s_i), with s_i the scalar head's output; F = -dE/dpos (``"gradient"``),
+    or scale times the output of a vector head (``"direct"``), or not at all (``"none"``). Properties with another readout
+    (`ndem_zoo.properties`), with r_i the position relative to the center of mass: the dipole moment
+    scale * |sum_i (v_i + s_i r_i)|, and the spatial extent sum_i (reference[z_i] + scale * s_i) |r_i|² / (100 Å²).
 
     Parameters
     ----------
     backbone
         Network from structures to features.
     forces
-        Where forces come from.
+        Where forces come from; only energies have any.
     reference : (MAX_Z + 1,), optional
-        Reference energies in eV by atomic number; default zeros. Kept in float64 whatever the network's dtype:
-        the float32 spacing at aspirin's total energy is 0.03 kcal/mol.
+        Reference energies in eV (or the target's unit) by atomic number; default zeros. Kept in float64 whatever the
+        network's dtype: the float32 spacing at aspirin's total energy is 0.03 kcal/mol.
     scale
-        Energy unit of the network in eV; also its force unit in eV/Å.
+        Unit of the network: of energy in eV and force in eV/Å, or the target's.
+    shift
+        Added once for each structure, in the unit of the target.
+    target
+        Name of what is predicted.
 
     Raises
     ------
     ConfigError
-        For an unknown force mode or a scale that is not positive.
+        For an unknown force mode, a scale that is not positive, or forces of something that is no energy.
     """
 
     def __init__(
@@ -70,26 +87,32 @@ class Potential(nn.Module):
         forces: ForceMode = "gradient",
         reference: Float[np.ndarray, " Z"] | None = None,
         scale: float = 1.0,
+        shift: float = 0.0,
+        target: str = "energy",
     ) -> None:
         super().__init__()
         if forces not in get_args(ForceMode):
             raise ConfigError(f"forces={forces!r}; allowed are {', '.join(get_args(ForceMode))}")
+        if forces != "none" and target != "energy":
+            raise ConfigError(f"forces={forces!r} with target={target!r}: only an energy has forces; use forces='none'")
         if not (np.isfinite(scale) and scale > 0):
             raise ConfigError(f"scale={scale!r} eV; it must be a positive number")
-        self.backbone = backbone
+        self.backbone, self.target = backbone, target
         self.force_mode = forces
-        self.energy_head = backbone.scalar_head()
+        self.readout = property_of(target).readout
+        self.energy_head = backbone.charge_head() if self.readout == "dipole" else backbone.scalar_head()
         self.force_head = backbone.vector_head() if forces == "direct" else None
         energies = np.zeros(MAX_Z + 1) if reference is None else np.asarray(reference, dtype=np.float64)
         self.register_buffer("reference", torch.as_tensor(energies))
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
+        self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
 
     def _apply(self, fn, recurse: bool = True):
         # Pitfall: Module.float() would round the reference energies; only their device may change.
-        reference, scale = self.reference, self.scale
+        exact = {name: getattr(self, name) for name in ("reference", "scale", "shift")}
         super()._apply(fn, recurse)
-        self.reference = reference.to(self.reference.device)
-        self.scale = scale.to(self.scale.device)
+        for name, value in exact.items():
+            setattr(self, name, value.to(getattr(self, name).device))
         return self
 
     def forward(
@@ -126,23 +149,35 @@ class Potential(nn.Module):
                 pos = pos.detach().requires_grad_()
                 pos.is_private = True  # nobody can ask for its gradient: see ndem_zoo.fused
             prediction = self._evaluate(batch.replace(pos=pos), node_vectors, need_forces=False)
-            forces = forces_from_energy(prediction.energy, pos, create_graph)
+            forces = forces_from_energy(prediction.value, pos, create_graph)
         if not create_graph:
             prediction = Prediction(
-                prediction.energy.detach(), None, Features(*(_detach(f) for f in prediction.features))
+                prediction.value.detach(), None, Features(*(_detach(f) for f in prediction.features))
             )
         return prediction._replace(forces=forces)
 
     def _evaluate(self, batch: Batch, node_vectors: Tensor | None, need_forces: bool) -> Prediction:
         """Everything but derivatives."""
         features = self.backbone(batch, node_vectors)
-        per_atom = self.energy_head(features, batch)  # (N,), in units of scale
-        network = sum_over_atoms(per_atom, batch).double() * self.scale
-        energy = network + sum_over_atoms(self.reference.index_select(0, batch.z), batch)
         forces = None
         if self.force_head is not None and need_forces:
-            forces = self.force_head(features, batch) * self.scale.to(per_atom.dtype)
-        return Prediction(energy, forces, features)
+            forces = self.force_head(features, batch)
+            forces = forces * self.scale.to(forces.dtype)
+        return Prediction(self._read_out(features, batch), forces, features)
+
+    def _read_out(self, features: Features, batch: Batch) -> Float[Tensor, " S"]:
+        """The target, from what the head says of the atoms."""
+        if self.readout == "dipole":
+            charges, dipoles = self.energy_head(features, batch)
+            moment = dipoles.double() + charges.double().unsqueeze(-1) * from_center_of_mass(batch)
+            return self.scale * safe_norm(sum_over_atoms(moment, batch)) + self.shift
+        per_atom = self.energy_head(features, batch)  # (N,), in units of scale
+        reference = self.reference.index_select(0, batch.z)
+        if self.readout == "spatial_extent":
+            weight = from_center_of_mass(batch).square().sum(-1) / EXTENT
+            per_atom, reference = per_atom.double() * weight, reference * weight
+        network = sum_over_atoms(per_atom, batch).double() * self.scale
+        return network + (sum_over_atoms(reference, batch) + self.shift)
 
     @property
     def n_parameters(self) -> int:
@@ -152,3 +187,11 @@ class Potential(nn.Module):
 
 def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else None
+
+
+def from_center_of_mass(batch: Batch) -> Float[Tensor, "N 3"]:
+    """Positions relative to the center of mass of their structure in Å, float64."""
+    mass = torch.as_tensor(atomic_masses[: MAX_Z + 1], device=batch.pos.device).index_select(0, batch.z).unsqueeze(-1)
+    pos = batch.pos.double()
+    center = sum_over_atoms(mass * pos, batch) / sum_over_atoms(mass, batch)
+    return pos - center.index_select(0, batch.system)

@@ -256,9 +256,13 @@ class TorchMDNet(Backbone):
         """Two gated equivariant blocks; the scalar output (86,530 parameters at 128 channels)."""
         return EquivariantScalarHead(self.hidden_channels)
 
-    def vector_head(self) -> Head:
-        """Two gated equivariant blocks; the vector output."""
-        return EquivariantVectorHead(self.hidden_channels)
+    def vector_head(self, width: int | None = None) -> Head:
+        """Two gated equivariant blocks, with `width` channels between them (default: half); the vector output."""
+        return EquivariantVectorHead(self.hidden_channels, width)
+
+    def charge_head(self) -> nn.Module:
+        """Two gated equivariant blocks; both outputs, as TorchMD-NET's head for dipole moments has them."""
+        return EquivariantChargeHead(self.hidden_channels)
 
 
 class GatedEquivariantBlock(nn.Module):
@@ -282,12 +286,13 @@ class GatedEquivariantBlock(nn.Module):
 
 
 class _GatedHead(Head):
-    """Two gated blocks, C -> C/2 -> 1."""
+    """Two gated blocks, C -> C/2 (or `width`) -> 1."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, width: int | None = None) -> None:
         super().__init__()
+        width = channels // 2 if width is None else width
         self.output_network = nn.ModuleList(
-            [GatedEquivariantBlock(channels, channels // 2, True), GatedEquivariantBlock(channels // 2, 1, False)]
+            [GatedEquivariantBlock(channels, width, True), GatedEquivariantBlock(width, 1, False)]
         )
 
     def outputs(self, features: Features, vectors: bool) -> tuple[Tensor, ...]:
@@ -321,6 +326,15 @@ class EquivariantVectorHead(_GatedHead):
     def forward(self, features: Features, batch: Batch) -> Float[Tensor, "N 3"]:
         """(N, 3), in units of the potential's scale."""
         return self.outputs(features, vectors=True)[1][:, :, 0]
+
+
+class EquivariantChargeHead(_GatedHead):
+    """One number and one vector per atom."""
+
+    def forward(self, features: Features, batch: Batch) -> tuple[Float[Tensor, " N"], Float[Tensor, "N 3"]]:
+        """(N,) and (N, 3), in units of the potential's scale."""
+        scalars, vectors = self.outputs(features, vectors=True)
+        return scalars[:, 0], vectors[:, :, 0]
 
 
 class NDeMTorchMDNet(NDeMModel):

@@ -9,22 +9,30 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from numbers import Real  # numpy's numbers too
+from numbers import Integral, Real  # numpy's numbers too
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch
 from ndem_zoo.models.potential import Potential, Prediction
 from ndem_zoo.noise import Noise, SigmaPer, SigmaSample, masked_gaussian
+from ndem_zoo.physics import safe_norm
 
-Loss = Literal["mse", "l1", "smooth_l1"]
+Loss = Literal["mse", "l1", "smooth_l1", "l2mae"]
 WeightSchedule = Literal["constant", "decay", "warmup"]
 
-_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+
+def _l2(error: Tensor, zero: Tensor, reduction: str) -> Tensor:
+    """Length of each row of forces, absolute value of anything else."""
+    return safe_norm(error) if error.dim() > 1 else error.abs()
+
+
+_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "l2mae": _l2}
 
 
 @dataclass(frozen=True)
@@ -37,12 +45,16 @@ class SupervisedLoss:
         Weights of the two terms; 0 leaves one out (Table 7: 1 and 30).
     loss
         ``"mse"`` (TorchMD-NET), ``"smooth_l1"`` with beta 1 (Frad) or ``"l1"``, of energies per structure and of force
-        components, both divided by the potential's scale.
+        components, both divided by the potential's scale; ``"l2mae"`` (EquiformerV2 on OC20): absolute errors of energies
+        and lengths of the errors of forces. Forces on fixed atoms do not count.
+    target
+        Name of the label in the place of the energy.
     """
 
     energy_weight: float = 1.0
     force_weight: float = 30.0
     loss: Loss = "mse"
+    target: str = "energy"
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, Loss)
@@ -52,29 +64,56 @@ class SupervisedLoss:
             raise ConfigError("energy_weight and force_weight are both 0: there is nothing to learn")
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each term, by the name of its label."""
+        return {self.target: self.energy_weight, "forces": self.force_weight}
+
+    @property
     def requires(self) -> frozenset[str]:
         """Labels that the terms need."""
-        weights = {"energy": self.energy_weight, "forces": self.force_weight}
-        return frozenset(name for name, weight in weights.items() if weight)
+        return frozenset(name for name, weight in self.weights.items() if weight)
 
-    def terms(self, prediction: Prediction, batch: Batch, scale: Tensor) -> dict[str, Tensor]:
+    def terms(
+        self, prediction: Prediction, batch: Batch, scale: Tensor, counts: Bool[Tensor, " N"] | None = None
+    ) -> dict[str, Tensor]:
         """Weighted terms of a prediction against the batch's labels.
 
-        Pitfall: energies are subtracted in float64, before anything is rounded; see `Potential`.
+        Parameters
+        ----------
+        prediction, batch
+            What is compared.
+        scale
+            Of the potential.
+        counts : (N,) bool, optional
+            Atoms whose forces count; default those that are not fixed.
+
+        Notes
+        -----
+        Energies are subtracted in float64, before anything is rounded; see `Potential`.
         """
-        dtype = prediction.features.scalars.dtype
+        dtype = torch.promote_types(prediction.features.scalars.dtype, torch.float32)
         errors = {}
         if self.energy_weight:
-            errors["energy"] = ((prediction.energy - batch.targets["energy"]) / scale).to(dtype)
+            errors[self.target] = ((prediction.value - batch.targets[self.target]) / scale).to(dtype)
         if self.force_weight:
-            errors["forces"] = (prediction.forces - batch.targets["forces"].to(dtype)) / scale.to(dtype)
-        return self.terms_of_errors(errors)
+            errors["forces"] = (prediction.forces.to(dtype) - batch.targets["forces"].to(dtype)) / scale.to(dtype)
+        return self.terms_of_errors(errors, ~batch.fixed if counts is None else counts)
 
-    def terms_of_errors(self, errors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weighted terms of errors ``energy`` (S,) and ``forces`` (N, 3), both divided by the scale."""
-        weights = {"energy": self.energy_weight, "forces": self.force_weight}
+    def terms_of_errors(self, errors: dict[str, Tensor], counts: Bool[Tensor, " N"]) -> dict[str, Tensor]:
+        """Weighted terms of errors of the target (S,) and of ``forces`` (N, 3), both divided by the scale."""
         loss = _LOSSES[self.loss]
-        return {name: weights[name] * loss(error, torch.zeros_like(error)) for name, error in errors.items()}
+        found = {}
+        for name, error in errors.items():
+            each = loss(error, torch.zeros_like(error), reduction="none")
+            average = each.mean() if name != "forces" else mean_of_rows(each, counts)
+            found[name] = self.weights[name] * average
+        return found
+
+
+def mean_of_rows(values: Tensor, counts: Bool[Tensor, " N"]) -> Tensor:
+    """Mean over the rows that count; 0 if there are none."""
+    values = values.mean(dim=-1) if values.dim() > 1 else values
+    return (values * counts).sum() / counts.sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -90,12 +129,16 @@ class NoiseOptions:
         Fraction of the atoms that is moved.
     sigma_sample, sigma_per
         How a sigma is drawn from a range, and for what (NDeM: ``"batch"``; Choice: ``"structure"``, less variance).
+    reuse_edges
+        True keeps the edges of the clean structure, with new vectors: for small noise, where neighbors hardly change,
+        and their search (12 Å, 20 neighbors: OC20) costs time. Small molecules get all pairs, and no search.
     """
 
     sigma: float | tuple[float, float] = 0.05
     ratio: float = 1.0
     sigma_sample: SigmaSample = "loguniform"
     sigma_per: SigmaPer = "structure"
+    reuse_edges: bool = False
 
     def __post_init__(self) -> None:
         check_sigma(self.sigma)
@@ -103,9 +146,9 @@ class NoiseOptions:
         check_choice("sigma_sample", self.sigma_sample, SigmaSample)
         check_choice("sigma_per", self.sigma_per, SigmaPer)
 
-    def displace(self, batch: Batch, rng: torch.Generator, cutoff: float) -> tuple[Batch, Noise]:
-        """The batch with atoms moved, its edges complete up to `cutoff` Å, and what was done."""
-        how = {"sample": self.sigma_sample, "per": self.sigma_per}
+    def displace(self, batch: Batch, rng: torch.Generator, cutoff: float, **options: Any) -> tuple[Batch, Noise]:
+        """The batch with atoms moved, its edges complete up to `cutoff` Å, and what was done; see `masked_gaussian`."""
+        how = {"sample": self.sigma_sample, "per": self.sigma_per, "reuse_edges": self.reuse_edges, **options}
         return masked_gaussian(batch, rng, cutoff=cutoff, sigma=self.sigma, ratio=self.ratio, **how)
 
 
@@ -137,6 +180,10 @@ class Objective(nn.Module, ABC):
     """
 
     Options: ClassVar[type]
+    #: Whether the backbone has to accept `node_vectors`: its option `encode_vectors` is then switched on.
+    encodes_vectors: ClassVar[bool] = False
+    #: Options that the contract tests build it with.
+    probed_with: ClassVar[dict[str, Any]] = {}
     #: Labels beyond those of the supervised terms.
     extra_requirements: ClassVar[frozenset[str]] = frozenset()
 
@@ -227,7 +274,13 @@ def check_sigma(sigma: Any) -> None:
         )
 
 
-def check_ratio(ratio: Any) -> None:
+def check_ratio(ratio: Any, name: str = "ratio") -> None:
     """Raise ConfigError unless 0 < `ratio` <= 1."""
     if not (isinstance(ratio, Real) and 0 < ratio <= 1):
-        raise ConfigError(f"ratio={ratio!r}; it must be above 0 and at most 1")
+        raise ConfigError(f"{name}={ratio!r}; it must be above 0 and at most 1")
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raise ConfigError unless `value` is a whole number that is not below `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ConfigError(f"{name}={value!r}; it must be a whole number, {least} or more")

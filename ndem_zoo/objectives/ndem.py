@@ -12,7 +12,7 @@ from numbers import Real  # numpy's numbers too
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ndem_zoo import curvature
@@ -20,7 +20,7 @@ from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch
 from ndem_zoo.models.potential import Potential, Prediction
 from ndem_zoo.noise import Noise
-from ndem_zoo.objectives.base import NoiseOptions, Objective, check_choice, check_not_negative
+from ndem_zoo.objectives.base import NoiseOptions, Objective, check_choice, check_not_negative, check_whole
 
 GradMain = Literal["stop", "flow", "label"]
 Target = Literal["paper", "kappa", "boltzmann"]
@@ -49,12 +49,14 @@ class NDeMOptions(NoiseOptions):
     temperature
         Of the training data in K, for ``target="boltzmann"`` (MD17: 500).
     loss_on
-        ``"all"`` atoms, as in the paper's formula, or only the ``"masked"`` (moved) ones.
+        ``"all"`` atoms, as in the paper's formula, or only the ``"masked"`` (moved) ones. Fixed atoms never count.
     unmasked_weight
         Weight of the atoms that were not moved, with ``loss_on="all"``.
     reduction
         ``"atom_sum_xyz"``: the squares are summed over x, y, z and averaged over atoms (the paper's formula);
         ``"element_mean"``: averaged over all components, three times smaller.
+    head_width
+        Channels inside the noisy-force head; None: those of the backbone's other heads. The paper does not say.
     reuse_main_head
         True lets the main head predict the noisy forces (the paper reports that this harms).
     """
@@ -67,11 +69,14 @@ class NDeMOptions(NoiseOptions):
     loss_on: LossOn = "all"
     unmasked_weight: float = 1.0
     reduction: Reduction = "atom_sum_xyz"
+    head_width: int | None = None
     reuse_main_head: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_not_negative("unmasked_weight", self.unmasked_weight)
+        if self.head_width is not None:
+            check_whole("head_width", self.head_width, 1)
         for name, allowed in (("target", Target), ("loss_on", LossOn), ("reduction", Reduction)):
             check_choice(name, getattr(self, name), allowed)
         if isinstance(self.grad_main, str):
@@ -114,7 +119,7 @@ class NDeM(Objective):
         options = self.options
         if options.reuse_main_head and potential.force_mode == "none":
             raise ConfigError("reuse_main_head=True needs a potential with forces")
-        self.noisy_force_head = None if options.reuse_main_head else potential.backbone.vector_head()
+        self.noisy_force_head = None if options.reuse_main_head else potential.backbone.vector_head(options.head_width)
         self.curvature = None
         if options.target == "kappa":
             self.curvature = curvature.isotropic(options.kappa)
@@ -137,7 +142,7 @@ class NDeM(Objective):
         # F(X) - F'(X + epsilon) = +c epsilon
         residual = self.reference_forces(potential, clean, batch, noisy_forces) - noisy_forces
         residual = residual - self.target(potential, batch, noise)
-        return terms | {"ndem": weight * self.mean_square(residual, noise)}
+        return terms | {"ndem": weight * self.mean_square(residual, noise, ~batch.fixed)}
 
     def noisy_forces(self, potential: Potential, noisy: Batch) -> Float[Tensor, "N 3"]:
         """F'(X + epsilon) in units of the scale; without a force derivative, unless the main head is reused."""
@@ -164,13 +169,13 @@ class NDeM(Objective):
         change = self.curvature.force_change(batch, noise.epsilon)
         return -change / potential.scale.to(change.dtype)
 
-    def mean_square(self, residual: Float[Tensor, "N 3"], noise: Noise) -> Tensor:
-        """Average over the atoms that count."""
+    def mean_square(self, residual: Float[Tensor, "N 3"], noise: Noise, free: Bool[Tensor, " N"]) -> Tensor:
+        """Average over the atoms that count: those that are `free`, or of these the moved ones."""
         options = self.options
         square = residual.square()
         per_atom = square.sum(-1) if options.reduction == "atom_sum_xyz" else square.mean(-1)
         others = options.unmasked_weight if options.loss_on == "all" else 0.0
-        weight = torch.ones_like(per_atom).masked_fill(~noise.mask, others)
-        # With all atoms the paper divides by N whatever the weights; with the masked ones, by their number.
-        number = per_atom.shape[0] if options.loss_on == "all" else noise.mask.sum().clamp(min=1)
-        return (per_atom * weight).sum() / number
+        weight = torch.ones_like(per_atom).masked_fill(~noise.mask, others) * free
+        # With all atoms the paper divides by their number whatever the weights; with the masked ones, by theirs.
+        counted = noise.mask if options.loss_on == "masked" else free
+        return (per_atom * weight).sum() / counted.sum().clamp(min=1)

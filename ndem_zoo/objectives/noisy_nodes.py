@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ndem_zoo.graph import Batch
 from ndem_zoo.models.potential import Potential
-from ndem_zoo.objectives.base import NoiseOptions, Objective
+from ndem_zoo.objectives.base import NoiseOptions, Objective, mean_of_rows
 
 
 @dataclass(frozen=True)
@@ -51,4 +51,4 @@ class NoisyNodes(Objective):
             return terms
         features = potential.backbone(noisy) if options.separate_branch else prediction.features
         residual = self.noise_head(features, noisy) - noise.epsilon / noise.sigma
-        return terms | {"denoising": weight * residual.square().mean()}
+        return terms | {"denoising": weight * mean_of_rows(residual.square(), ~batch.fixed)}

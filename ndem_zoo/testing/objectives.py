@@ -116,7 +116,9 @@ class ObjectiveCase:
     ) -> ObjectiveCase:
         """A case from names in the registry or classes."""
         name, found = resolve(OBJECTIVES, objective, "objective")
-        return cls(name, found, dict(options or {}), BackboneCase.of(backbone, backbone_options, device, plan=plan))
+        encode = {"encode_vectors": True} if found.encodes_vectors else {}
+        network = BackboneCase.of(backbone, {**encode, **(backbone_options or {})}, device, plan=plan)
+        return cls(name, found, {**found.probed_with, **(options or {})}, network)
 
     @property
     def device(self) -> str:
@@ -354,7 +356,7 @@ class HarmonicBackbone(Backbone):
         """Energy of the springs."""
         return HarmonicHead(self.stiffness, vector=False)
 
-    def vector_head(self) -> Head:
+    def vector_head(self, width: int | None = None) -> Head:
         """Forces of the springs: as noisy-force head, an oracle."""
         return HarmonicHead(self.stiffness, vector=True)
 

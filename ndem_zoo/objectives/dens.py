@@ -1,0 +1,74 @@
+"""DeNS: denoise non-equilibrium structures, told by their forces how far from equilibrium they are.
+
+Y.-L. Liao, T. Smidt, A. Das et al., "Generalizing Denoising to Non-Equilibrium Structures Improves Equivariant Force
+Fields", TMLR 2024. Some structures of a batch are corrupted: part of their atoms is moved, and the network, which gets
+the true forces of these atoms as input, has to tell by how much, besides the energy of the structure before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ndem_zoo.graph import Batch
+from ndem_zoo.models.potential import Potential
+from ndem_zoo.objectives.base import NoiseOptions, Objective, check_ratio, check_whole, mean_of_rows
+
+
+@dataclass(frozen=True)
+class DeNSOptions(NoiseOptions):
+    """Options of `DeNS`, besides those of the noise.
+
+    Attributes
+    ----------
+    ratio
+        Fraction of the atoms of a corrupted structure that is moved (MD17: 0.25; OC20-2M: 0.5).
+    probability
+        That a structure is corrupted (MD17: 0.25; OC20-2M: 0.5, drawn there for a whole batch).
+    head_width
+        Channels inside the denoising head; None: those of the backbone's other heads.
+    """
+
+    ratio: float = 0.25
+    probability: float = 0.25
+    head_width: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ratio(self.probability, "probability")
+        if self.head_width is not None:
+            check_whole("head_width", self.head_width, 1)
+
+
+class DeNS(Objective):
+    """Energies of all structures, forces on the atoms that were not moved, and the noise on those that were.
+
+    There is one pass: moved atoms have no force label, since their forces are known before the noise only.
+    """
+
+    Options: ClassVar[type] = DeNSOptions
+    encodes_vectors: ClassVar[bool] = True
+    probed_with: ClassVar[dict[str, Any]] = {"probability": 1.0}
+    extra_requirements: ClassVar[frozenset[str]] = frozenset({"forces"})
+
+    def build(self, potential: Potential, dataset: Any = None) -> None:
+        """Make the denoising head."""
+        self.noise_head = potential.backbone.vector_head(self.options.head_width)
+
+    def forward(self, potential: Potential, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Terms ``energy``, ``forces`` and ``denoising``."""
+        weight, need_forces = self.current_weight(), self.supervised.force_weight > 0
+        if weight == 0:
+            return self.supervised.terms(potential(batch, need_forces=need_forces), batch, potential.scale)
+        noisy, noise = self.options.displace(
+            batch, rng, potential.backbone.cutoff, probability=self.options.probability
+        )
+        forces = batch.targets["forces"].to(batch.pos.dtype) * noise.mask.unsqueeze(-1)
+        prediction = potential(noisy, node_vectors=forces, need_forces=need_forces)
+        counts = ~(noise.mask | batch.fixed)
+        terms = self.supervised.terms(prediction, batch, potential.scale, counts)
+        residual = self.noise_head(prediction.features, noisy) - noise.epsilon / noise.sigma
+        return terms | {"denoising": weight * mean_of_rows(residual.square(), noise.mask)}
