@@ -157,6 +157,19 @@ def parameter_counts() -> str:
     return "\n".join(lines) + "\n"
 
 
+def property_table() -> str:
+    """Targets whose way from atoms to structures is known."""
+    from ndem_zoo.properties import PROPERTIES
+
+    subtracted = {True: "sum over elements, fitted", False: "mean"}
+    lines = ["| target | unit | readout | subtracted | papers report |", "|---|---|---|---|---|"]
+    for name, known in PROPERTIES.items():
+        first = "nothing" if known.readout == "dipole" else subtracted[known.has_references]
+        readout = known.readout.replace("_", " ")
+        lines.append(f"| `{name}` | {known.unit} | {readout} | {first} | {known.report or known.unit} |")
+    return "\n".join(lines) + "\n"
+
+
 def benchmark_tables(folder: Path | None = None) -> str:
     """Include the committed tables of a benchmark (default: of accuracy), or say that there are none."""
     folder = RESULTS if folder is None else folder
@@ -171,6 +184,7 @@ GENERATED = {
     "presets.md": preset_tables,
     "objective_options.md": objective_options,
     "parameter_counts.md": parameter_counts,
+    "properties.md": property_table,
     "benchmarks.md": benchmark_tables,
     "speed.md": lambda: benchmark_tables(SPEED_RESULTS),
 }
