@@ -37,9 +37,11 @@ SIZES = {"tiny": TorchMDNet.tiny, "md17": {}}
 def build(options: dict[str, Any], objective: str, dataset: Any) -> tuple[Potential, Objective]:
     """A potential with reproducible weights, and an objective for it."""
     scale = float(np.sqrt(np.square(dataset.targets["forces"]).mean()))
+    cls = lookup(OBJECTIVES, objective, "objective")
+    encode = {"encode_vectors": True} if cls.encodes_vectors else {}
     with seeded(0):
-        potential = Potential(TorchMDNet(**options), scale=scale)
-        term = lookup(OBJECTIVES, objective, "objective")()
+        potential = Potential(TorchMDNet(**options, **encode), scale=scale)
+        term = cls(options=cls.probed_with)
         term.build(potential, dataset)
     return potential.train(), term
 

@@ -178,7 +178,7 @@ def test_the_noisy_branch_pays_for_no_force_derivative():
 @pytest.mark.slow
 def test_eager_step_of_the_md17_network_does_not_grow(aspirin_batch):
     counted = counts.count_entrant(contestants.Ours(plan="eager"), aspirin_batch)
-    assert counted.launches <= 2930  # 2,910 with torch 2.13
+    assert counted.launches <= 2940  # 2,938 with torch 2.4; eight of them leave out fixed atoms
     assert counted.gflop <= 7.04
     assert counted.megabytes <= 3120
 
