@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from ndem_zoo.datasets.md17 import load_md17
     from ndem_zoo.datasets.sample import load_sample
     from ndem_zoo.ensemble import Ensemble
+    from ndem_zoo.featurizers.conformer import ConformerGraph
     from ndem_zoo.featurizers.radius import RadiusGraph
     from ndem_zoo.models.estimator import NDeMModel
     from ndem_zoo.models.torchmd_net import NDeMTorchMDNet, TorchMDNet
 
 _HOME = {
+    "ConformerGraph": "featurizers.conformer",
     "Ensemble": "ensemble",
     "MolecularDataset": "datasets.base",
     "NDeMCalculator": "calculator",
