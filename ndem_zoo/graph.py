@@ -15,7 +15,7 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,33 @@ ALL_PAIRS_UP_TO = 32
 
 #: Targets and extras with one row per atom; everything else has one row per structure.
 PER_ATOM = frozenset({"forces"})
+
+#: Choice: distances that differ by less, in Å, are equal when nearest neighbors are chosen, so that the choice among
+#: symmetric atoms follows the order of the edges (the index of the neighbor) and not the last bit.
+TIE = 1e-4
+
+#: A limit that is not strict also keeps neighbors whose *squared* distance exceeds that of the first one left out by less
+#: than this, in Å² (fairchem's value).
+DEGENERATE = 0.01
+
+#: Choice: so many pairs and images are looked at together when edges are made on a GPU, some 1 GB at a time.
+PAIRS_AT_ONCE = 1 << 24
+
+
+class Nearest(NamedTuple):
+    """A limit on the neighbors of a center: only the nearest ones count.
+
+    Attributes
+    ----------
+    number
+        How many.
+    strict
+        True: exactly so many, equally near ones by their index. False: also those that are about as far as the first
+        one left out, so that symmetric atoms are treated alike.
+    """
+
+    number: int
+    strict: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +81,8 @@ class Batch:
         Number of structures S.
     cutoff : float
         Radius in Å that the edges were built with, skin included; ``inf`` when all pairs are edges.
+    nearest : Nearest or None
+        Limit on the edges into one atom that they were built with; None when they are complete up to `cutoff`.
     cell : (S, 3, 3)
         Cell vectors as rows in Å; zeros for a structure that is not periodic.
     fixed : (N,) bool
@@ -74,6 +103,7 @@ class Batch:
     fixed: Bool[Tensor, " N"]
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    nearest: Nearest | None = None
 
     def vectors(self) -> Float[Tensor, "E 3"]:
         """Vectors r_ij = pos[src] + shift - pos[dst] in Å, from the center i to the neighbor j."""
@@ -199,8 +229,63 @@ def neighbor_list(
     return neighbor.astype(np.int64), center.astype(np.int64), shift
 
 
+def nearest_edges(
+    distance: Float[Tensor, " E"], src: Int[Tensor, " E"], dst: Int[Tensor, " E"], n_atoms: int, nearest: Nearest
+) -> Bool[Tensor, " E"]:
+    """Mask (E,) of the edges from the nearest neighbors of each center, with fairchem's two meanings of a limit.
+
+    Parameters
+    ----------
+    distance : (E,)
+        Lengths of the edges in Å.
+    src, dst : (E,) int64
+        Neighbors and centers.
+    n_atoms
+        Number of atoms N.
+    nearest
+        The limit. Strict: see `TIE`; not strict: see `DEGENERATE`.
+    """
+    limit, strict = nearest
+    order = torch.argsort(src)
+    for key in (torch.round(distance.double() / TIE) if strict else distance, dst):
+        order = order.index_select(0, torch.argsort(key.index_select(0, order), stable=True))
+    center = dst.index_select(0, order)
+    degree = torch.zeros(n_atoms, dtype=torch.long, device=dst.device).index_add_(0, dst, torch.ones_like(dst))
+    first = torch.cumsum(degree, 0) - degree  # where the edges of a center begin
+    place = torch.arange(len(dst), device=dst.device) - first.index_select(0, center)
+    kept = place < limit
+    if not strict:
+        square = distance.double().square().index_select(0, order)
+        bound = square.new_full((n_atoms,), math.inf)
+        bound.index_copy_(0, center[place == limit], square[place == limit] + DEGENERATE)
+        kept = square <= bound.index_select(0, center)
+    return torch.zeros_like(kept).index_copy_(0, order, kept)
+
+
+def within(batch: Batch, cutoff: float, nearest: Nearest | None = None) -> Batch:
+    """`batch` without the edges that are not shorter than `cutoff` Å, and of those that are, only the nearest.
+
+    For backbones whose result would depend on the others; reads the number of edges, so a GPU is waited for.
+    """
+    with torch.no_grad():
+        distance = batch.vectors().norm(dim=-1)
+        kept = (distance < cutoff).nonzero().flatten()
+        if nearest is not None and nearest != batch.nearest:
+            near = nearest_edges(
+                *(t.index_select(0, kept) for t in (distance, batch.src, batch.dst)), len(batch.z), nearest
+            )
+            kept = kept[near]
+    edges = {name: getattr(batch, name).index_select(0, kept) for name in ("src", "dst", "shift")}
+    return batch.replace(**edges, cutoff=min(batch.cutoff, cutoff), nearest=nearest or batch.nearest)
+
+
 def edges_of(
-    pos: np.ndarray, counts: np.ndarray, cutoff: float, cell: np.ndarray | None = None, pbc: np.ndarray | None = None
+    pos: np.ndarray,
+    counts: np.ndarray,
+    cutoff: float,
+    cell: np.ndarray | None = None,
+    pbc: np.ndarray | None = None,
+    nearest: Nearest | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float]:
     """Edges for structures side by side: all pairs where that is cheap, neighbor lists otherwise.
 
@@ -216,6 +301,8 @@ def edges_of(
         Cell vectors as rows in Å.
     pbc : (S, 3), optional
         Which cell vectors are periodic.
+    nearest
+        Limit on the edges into one atom; all pairs, which need no search, are not limited.
 
     Returns
     -------
@@ -234,6 +321,12 @@ def edges_of(
     for i, (start, stop) in enumerate(zip(stops - counts, stops, strict=True)):
         box, flags = (None, None) if pbc is None or cell is None else (cell[i], pbc[i])
         src, dst, shift = neighbor_list(pos[start:stop], cutoff, box, flags)
+        if nearest is not None:  # structure by structure: what is thrown away is never there for all of them
+            local = np.ascontiguousarray(pos[start:stop], dtype=np.float64)
+            distance = np.sqrt(np.square(local[src] + shift - local[dst]).sum(axis=1))
+            edges = (torch.from_numpy(values) for values in (distance, src, dst))
+            kept = nearest_edges(*edges, int(stop - start), nearest).numpy()
+            src, dst, shift = src[kept], dst[kept], shift[kept]
         found.append((src + start, dst + start, shift))
     if not found:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), None, float(cutoff)
@@ -241,35 +334,141 @@ def edges_of(
     return src, dst, shift if periodic else None, float(cutoff)
 
 
+def edges_on_device(
+    pos: Float[Tensor, "N 3"], counts: Int[Tensor, " S"], cutoff: float, cell: Float[Tensor, "S 3 3"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs closer than `cutoff`, periodic images included, on the device of `pos` and without neighbor lists.
+
+    Compares every atom with every image of every other one in its structure: for a GPU, where that beats a transfer.
+
+    Parameters
+    ----------
+    pos : (N, 3)
+        Positions in Å, anywhere in space.
+    counts : (S,) int64
+        Atoms of each structure.
+    cutoff
+        Radius in Å.
+    cell : (S, 3, 3)
+        Cells as rows in Å; rows of zeros are not periodic.
+
+    Returns
+    -------
+    src, dst : (E,) int64
+        Neighbor and center, sorted by center.
+    shift : (E, 3)
+        Image shifts in Å.
+    """
+    pos, cell = pos.detach().double(), cell.detach().double()
+    periodic = (cell != 0).any(-1)  # (S, 3)
+    box = _completed(cell, periodic)
+    system = torch.repeat_interleave(torch.arange(len(counts), device=pos.device), counts)
+    # Into the cell: image numbers are then bounded by the heights of the cell.
+    whole = torch.einsum("ni,nij->nj", pos, torch.linalg.inv(box)[system]).floor() * periodic[system]
+    origin = torch.einsum("ni,nij->nj", whole, box[system])
+    height = 1.0 / torch.linalg.inv(box).norm(dim=1)  # (S, 3), between opposite faces
+    reach = torch.ceil(cutoff / height).long() * periodic
+    starts = torch.cumsum(counts, 0) - counts
+    found = []
+    for first, last in _chunks(counts, reach):
+        chunk = slice(first, last)
+        images = _images(reach[chunk].amax(0))  # (M, 3)
+        number = counts[chunk] ** 2
+        of = torch.repeat_interleave(torch.arange(first, last, device=pos.device), number)  # structure of each pair
+        place = torch.arange(len(of), device=pos.device) - torch.repeat_interleave(
+            torch.cumsum(number, 0) - number, number
+        )
+        center, neighbor = starts[of] + place // counts[of], starts[of] + place % counts[of]
+        direct = (pos - origin)[neighbor] - (pos - origin)[center]
+        moved = torch.einsum("mi,sij->smj", images.to(box.dtype), box[chunk])[of - first]  # (P, M, 3)
+        square = (direct.unsqueeze(1) + moved).square().sum(-1)
+        allowed = (images.abs() <= reach[of].unsqueeze(1)).all(-1)
+        itself = (center == neighbor).unsqueeze(1) & (images == 0).all(-1)
+        pair, image = ((square < cutoff**2) & allowed & ~itself).nonzero(as_tuple=True)
+        shift = moved[pair, image] - origin[neighbor[pair]] + origin[center[pair]]
+        found.append((neighbor[pair], center[pair], shift))
+    if not found:
+        return counts.new_zeros(0), counts.new_zeros(0), pos.new_zeros((0, 3))
+    src, dst, shift = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return src, dst, shift
+
+
+def _completed(cell: Float[Tensor, "S 3 3"], periodic: Bool[Tensor, "S 3"]) -> Float[Tensor, "S 3 3"]:
+    """Cells of full rank: rows of zeros are replaced by unit vectors perpendicular to the others."""
+    from ase.geometry import complete_cell
+
+    if bool(periodic.all()):
+        return cell
+    return torch.from_numpy(np.stack([complete_cell(box) for box in cell.cpu().numpy()])).to(cell)
+
+
+def _chunks(counts: Tensor, reach: Tensor) -> list[tuple[int, int]]:
+    """Ranges of structures whose pairs and images are few enough to be looked at together."""
+    images = (2 * reach + 1).prod(-1)
+    work = (counts.square() * images).tolist()
+    limits, first, total = [], 0, 0
+    for index, amount in enumerate(work):
+        if total and total + amount > PAIRS_AT_ONCE:
+            limits.append((first, index))
+            first, total = index, 0
+        total += amount
+    return [*limits, (first, len(work))] if work else []
+
+
+def _images(reach: Int[Tensor, " 3"]) -> Int[Tensor, "M 3"]:
+    """All triples of image numbers up to `reach` in each direction."""
+    return torch.cartesian_prod(*(torch.arange(-int(n), int(n) + 1, device=reach.device) for n in reach))
+
+
 def rebuild_edges(batch: Batch, cutoff: float, pos: Float[Tensor, "N 3"] | None = None) -> Batch:
-    """`batch` with fresh edges up to `cutoff` Å, for atoms at `pos` (default: where they are)."""
+    """`batch` with fresh edges up to `cutoff` Å, for atoms at `pos` (default: where they are); limited as before.
+
+    Neighbor lists on a CPU, all images of all pairs on a GPU.
+    """
     pos = batch.pos if pos is None else pos
-    counts = batch.n_atoms.cpu().numpy()
-    cell = batch.cell.detach().cpu().double().numpy()
+    if pos.device.type != "cpu":
+        src, dst, shift = edges_on_device(pos, batch.n_atoms, cutoff, batch.cell)
+        edges = {"src": src, "dst": dst, "shift": shift.to(pos.dtype)}
+        fresh = batch.replace(pos=pos, **edges, cutoff=float(cutoff), nearest=None)
+        return fresh if batch.nearest is None else within(fresh, cutoff, batch.nearest)
+    counts = batch.n_atoms.numpy()
+    cell = batch.cell.detach().double().numpy()
     # Pitfall: a Batch knows cells, not flags; a row of zeros means that this direction is not periodic.
     pbc = (cell != 0).any(axis=-1)
-    src, dst, shift, radius = edges_of(pos.detach().cpu().double().numpy(), counts, cutoff, cell, pbc)
-    device = pos.device
+    src, dst, shift, radius = edges_of(pos.detach().double().numpy(), counts, cutoff, cell, pbc, batch.nearest)
     return batch.replace(
         pos=pos,
-        src=torch.from_numpy(src).to(device),
-        dst=torch.from_numpy(dst).to(device),
+        src=torch.from_numpy(src),
+        dst=torch.from_numpy(dst),
         shift=pos.new_zeros((len(src), 3)) if shift is None else torch.from_numpy(shift).to(pos),
         cutoff=radius,
+        nearest=None if math.isinf(radius) else batch.nearest,
     )
 
 
-def displace(batch: Batch, epsilon: Float[Tensor, "N 3"], cutoff: float) -> Batch:
+def displace(batch: Batch, epsilon: Float[Tensor, "N 3"], cutoff: float, reuse_edges: bool = False) -> Batch:
     """Move the atoms by `epsilon` Å, with edges that are complete up to `cutoff` afterwards.
 
     The edges are kept when they cannot have become incomplete: always when they are all pairs (no device
-    synchronization), or when the radius they were built with exceeds `cutoff` by twice the largest displacement.
+    synchronization), or when the radius they were built with exceeds `cutoff` by twice the largest displacement. Edges
+    to the nearest neighbors alone are searched again.
+
+    Parameters
+    ----------
+    batch
+        Structures.
+    epsilon : (N, 3)
+        Displacements in Å.
+    cutoff
+        Radius in Å.
+    reuse_edges
+        True keeps the edges whatever the displacements: for small noise, where they hardly change. Vectors are new.
     """
     moved = batch.replace(pos=batch.pos + epsilon)
-    if math.isinf(batch.cutoff):
+    if reuse_edges or (math.isinf(batch.cutoff) and batch.nearest is None):
         return moved
     # Pitfall: reading the largest displacement waits for a GPU; unavoidable where edges depend on positions.
-    if batch.cutoff >= cutoff + 2 * float(epsilon.detach().norm(dim=-1).max()):
+    if batch.nearest is None and batch.cutoff >= cutoff + 2 * float(epsilon.detach().norm(dim=-1).max()):
         return moved
     return rebuild_edges(moved, cutoff)
 
@@ -280,6 +479,7 @@ def make_batch(
     counts: np.ndarray,
     cutoff: float,
     *,
+    nearest: Nearest | None = None,
     cell: np.ndarray | None = None,
     pbc: np.ndarray | None = None,
     fixed: np.ndarray | None = None,
@@ -299,6 +499,8 @@ def make_batch(
         Atoms of each structure.
     cutoff
         Radius in Å up to which edges must be complete.
+    nearest
+        Limit on the edges into one atom, where neighbors have to be searched for.
     cell, pbc : (S, 3, 3) and (S, 3), optional
         Cells as rows in Å, and which of the rows are periodic.
     fixed : (N,) bool, optional
@@ -309,7 +511,7 @@ def make_batch(
         Of the geometry.
     """
     counts = np.asarray(counts, dtype=np.int64)
-    src, dst, shift, radius = edges_of(pos, counts, cutoff, cell, pbc)
+    src, dst, shift, radius = edges_of(pos, counts, cutoff, cell, pbc, nearest)
     rows = np.zeros((len(counts), 3, 3)) if cell is None or pbc is None else np.where(pbc[:, :, None], cell, 0.0)
     return Batch(
         z=torch.from_numpy(np.array(z, dtype=np.int64)),
@@ -324,6 +526,7 @@ def make_batch(
         fixed=torch.zeros(len(z), dtype=torch.bool) if fixed is None else torch.from_numpy(np.array(fixed, dtype=bool)),
         targets={name: torch.from_numpy(np.array(value)) for name, value in (targets or {}).items()},
         extras={name: torch.from_numpy(np.array(value)) for name, value in (extras or {}).items()},
+        nearest=None if math.isinf(radius) else nearest,
     )
 
 

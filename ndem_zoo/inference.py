@@ -43,7 +43,8 @@ def predict_columns(
     if potential.force_mode != "none" and need_forces:
         columns["forces"] = np.empty((len(dataset.z), 3))
     order = size_batches(dataset, batch_size, cutoff)
-    collate = Collator(dataset, cutoff, parameter.dtype, device=parameter.device, with_targets=False)
+    place = {"nearest": potential.backbone.nearest, "device": parameter.device}
+    collate = Collator(dataset, cutoff, parameter.dtype, with_targets=False, **place)
     was_training = potential.training
     potential.eval()
     try:

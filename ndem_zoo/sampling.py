@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ndem_zoo.errors import ConfigError
-from ndem_zoo.graph import ALL_PAIRS_UP_TO, Batch, make_batch
+from ndem_zoo.graph import ALL_PAIRS_UP_TO, Batch, Nearest, make_batch
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
@@ -206,6 +206,8 @@ class Collator:
         Of the geometry; labels stay float64.
     device
         Where batches go.
+    nearest
+        Limit on the edges into one atom; see `graph.make_batch`.
     with_targets
         False leaves the labels out.
     """
@@ -216,12 +218,14 @@ class Collator:
         cutoff: float,
         dtype: torch.dtype = torch.float32,
         *,
+        nearest: Nearest | None = None,
         device: torch.device | str = "cpu",
         with_targets: bool = True,
     ) -> None:
         self.cutoff, self.dtype, self.device = cutoff, dtype, torch.device(device)
         dataset, self._chosen = dataset.origin()  # where the rows are, and which of its structures are meant
         self.dataset = dataset
+        self.nearest = nearest
         self._size = _common_size(dataset)  # 0: batches have nothing in common
         self._pos = self._column(dataset.pos, True)
         columns = {"targets": dataset.targets if with_targets else {}, "extras": dataset.extras}
@@ -266,6 +270,7 @@ class Collator:
             dataset.pos[atoms],
             counts,
             self.cutoff,
+            nearest=self.nearest,
             cell=None if dataset.cell is None else dataset.cell[indices],
             pbc=None if dataset.pbc is None else dataset.pbc[indices],
             fixed=None if dataset.fixed is None else dataset.fixed[atoms],

@@ -236,7 +236,9 @@ class Run:
             train_set.counts, settings.batch_size, settings.seed, max_atoms=settings.max_atoms, bucket=settings.bucket
         )
         self.epoch, self.position = 0, 0  # of the step to come: passes that are done, and steps of the present one
-        self.collate = Collator(train_set, potential.backbone.cutoff, self.dtype, device=device)
+        self.collate = Collator(
+            train_set, potential.backbone.cutoff, self.dtype, nearest=potential.backbone.nearest, device=device
+        )
 
     @property
     def evaluated(self) -> Potential:

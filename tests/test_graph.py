@@ -394,3 +394,77 @@ def test_fixed_atoms_survive_dgl(dgl):
     assert batch.fixed.tolist() == [*fixed, *fixed]
     plain = graph.to_dgl(z, pos, src, dst, shift)
     assert not graph.from_dgl(plain, cutoff=5.0).fixed.any()
+
+
+# ------------------------------------------------------------------------------------- edges without lists, and limits
+
+
+@pytest.mark.parametrize("cutoff", [3.3, 6.1])
+@pytest.mark.parametrize("pairs_at_once", [1, 1 << 24])
+def test_edges_on_device_are_those_of_ase(cutoff, pairs_at_once, monkeypatch):
+    monkeypatch.setattr(graph, "PAIRS_AT_ONCE", pairs_at_once)
+    outside = Atoms(
+        "HHO", [[-7.0, 0.2, 0.1], [12.0, 0.3, 5.0], [0.4, 30.0, -2.0]], cell=[[4, 0, 0], [1, 5, 0], [0, 2, 6]]
+    )
+    outside.pbc = (True, False, True)
+    structures = [
+        molecule("CH3CH2OH"),
+        outside,
+        distorted(fcc111("Pt", (2, 2, 3), vacuum=6.0, periodic=True)),
+        example_crystal(),
+    ]
+    pos = torch.from_numpy(np.concatenate([atoms.positions for atoms in structures]))
+    cell = np.stack([np.where(atoms.pbc[:, None], atoms.cell.array, 0.0) for atoms in structures])
+    counts = torch.tensor([len(atoms) for atoms in structures])
+    src, dst, shift = graph.edges_on_device(pos, counts, cutoff, torch.from_numpy(cell))
+    first = 0
+    for atoms in structures:
+        chosen = (dst >= first) & (dst < first + len(atoms))
+        found = edges_as_set(src[chosen] - first, dst[chosen] - first, shift[chosen].numpy())
+        assert found == edges_of_ase(atoms, cutoff)
+        first += len(atoms)
+    assert (torch.diff(dst) >= 0).all(), "sorted by center"
+
+
+def nearest_lengths(batch: graph.Batch) -> list[list[float]]:
+    distance = batch.vectors().norm(dim=-1).detach()
+    return [distance[batch.dst == atom].sort().values.tolist() for atom in range(len(batch.z))]
+
+
+def test_a_limited_batch_is_made_displaced_and_made_again():
+    slab = distorted(fcc111("Pt", (2, 2, 3), vacuum=6.0, periodic=True))
+    limit = graph.Nearest(7)
+
+    def limited(atoms: Atoms) -> graph.Batch:
+        cell, pbc, counts = atoms.cell.array[None], atoms.pbc[None], np.array([len(atoms)])
+        return graph.make_batch(
+            atoms.numbers, atoms.positions, counts, 6.0, nearest=limit, cell=cell, pbc=pbc, dtype=torch.float64
+        )
+
+    def expected(atoms: Atoms) -> list[np.ndarray]:
+        i, d = ase_neighbor_list("id", atoms, 6.0)
+        return [np.sort(d[i == atom])[:7] for atom in range(len(atoms))]
+
+    batch = limited(slab)
+    assert batch.nearest == limit
+    np.testing.assert_allclose(nearest_lengths(batch), expected(slab), rtol=1e-12)
+    complete = batch_of([slab], 6.0)
+    np.testing.assert_allclose(nearest_lengths(graph.within(complete, 6.0, limit)), expected(slab), rtol=1e-12)
+
+    epsilon = torch.from_numpy(0.8 * waves(batch.pos.shape))
+    moved = graph.displace(batch, epsilon, 6.0)
+    slab.positions += epsilon.numpy()
+    np.testing.assert_allclose(nearest_lengths(moved), expected(slab), rtol=1e-12)
+    reused = graph.displace(batch, epsilon, 6.0, reuse_edges=True)
+    assert reused.src is batch.src
+    assert not np.allclose(nearest_lengths(reused), expected(slab)), "the displacement changes who is nearest"
+
+
+def test_all_pairs_are_limited_by_the_backbone_only():
+    batch = graph.make_batch(
+        np.ones(4), waves((4, 3)), np.array([4]), 5.0, nearest=graph.Nearest(1), dtype=torch.float64
+    )
+    assert (len(batch.src), batch.nearest) == (12, None)
+    within = graph.within(batch, 5.0, graph.Nearest(1))
+    assert (len(within.src), within.nearest) == (4, graph.Nearest(1))
+    assert graph.displace(within, torch.zeros_like(within.pos), 5.0).nearest is None, "all pairs again"

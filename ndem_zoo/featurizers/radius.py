@@ -10,20 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from ndem_zoo.errors import ConfigError, DataError
 from ndem_zoo.featurizers.base import Featurizer, Structure
-from ndem_zoo.graph import neighbor_list, to_dgl
+from ndem_zoo.graph import Nearest, nearest_edges, neighbor_list, to_dgl
 
 if TYPE_CHECKING:
     from dgl import DGLGraph
 
 #: Atoms closer than this, in Å, are an error in the data: no nuclei come so near.
 MIN_DISTANCE = 0.1
-
-#: Choice: distances that differ by less, in Å, are equal when the nearest neighbors are chosen, so that the choice
-#: among symmetric atoms follows their index and not the last bit.
-TIE = 1e-6
 
 
 class RadiusGraph(Featurizer):
@@ -39,6 +36,8 @@ class RadiusGraph(Featurizer):
         Pitfall: with a limit, forces jump where neighbors change places, and the graph is not symmetric.
     skin
         Å that are added to the cutoff, so that the edges stay complete while atoms move by up to half of it.
+    strict
+        False: besides the nearest `max_neighbors`, also those about as far as the next one; see `graph.Nearest`.
 
     Raises
     ------
@@ -53,14 +52,16 @@ class RadiusGraph(Featurizer):
     (3, 4)
     """
 
-    def __init__(self, cutoff: float = 5.0, max_neighbors: int | None = None, skin: float = 0.0) -> None:
+    def __init__(
+        self, cutoff: float = 5.0, max_neighbors: int | None = None, skin: float = 0.0, strict: bool = True
+    ) -> None:
         if not 0 < cutoff < np.inf:
             raise ConfigError(f"cutoff={cutoff!r} Å; it must be a positive number")
         if not 0 <= skin < np.inf:
             raise ConfigError(f"skin={skin!r} Å; it must be a number >= 0")
         if max_neighbors is not None and (max_neighbors < 1 or int(max_neighbors) != max_neighbors):
             raise ConfigError(f"max_neighbors={max_neighbors!r}; it must be an integer >= 1, or None for all")
-        self.cutoff, self.max_neighbors, self.skin = cutoff, max_neighbors, skin
+        self.cutoff, self.max_neighbors, self.skin, self.strict = cutoff, max_neighbors, skin, strict
 
     @property
     def radius(self) -> float:
@@ -75,7 +76,9 @@ class RadiusGraph(Featurizer):
         check_distances(src, dst, distance)
         keep = distance < self.radius
         if self.max_neighbors is not None:
-            keep &= nearest(src, dst, shift, distance, self.max_neighbors)
+            limit = Nearest(self.max_neighbors, self.strict)
+            edges = (torch.from_numpy(values) for values in (distance, src, dst))
+            keep &= nearest_edges(*edges, len(pos), limit).numpy()
         return to_dgl(
             structure.z,
             pos,
@@ -98,13 +101,3 @@ def check_distances(src: np.ndarray, dst: np.ndarray, distance: np.ndarray) -> N
             f"atoms {dst[edge]} and {src[edge]} are {distance[edge]:.3g} Å apart; allowed is {MIN_DISTANCE} Å or more "
             "(duplicate atoms, another unit of length, or a wrong cell?)"
         )
-
-
-def nearest(src: np.ndarray, dst: np.ndarray, shift: np.ndarray, distance: np.ndarray, limit: int) -> np.ndarray:
-    """Mask (E,) of the `limit` nearest neighbors of each center; equally near ones by atom index, then by image."""
-    order = np.lexsort((*shift.T, src, np.round(distance / TIE), dst))
-    center = dst[order]
-    first = np.searchsorted(center, center)  # where the edges of this center begin
-    keep = np.zeros(len(src), dtype=bool)
-    keep[order[np.arange(len(src)) - first < limit]] = True
-    return keep

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ndem_zoo.errors import ConfigError
-from ndem_zoo.graph import Batch
+from ndem_zoo.graph import Batch, Nearest
 from ndem_zoo.physics import MAX_Z
 
 
@@ -30,11 +30,14 @@ class Features(NamedTuple):
         Features that rotate with the structure.
     tensors : (N, K, C) or None
         Spherical-tensor features with K = (L + 1)², where the backbone has them.
+    edges : object or None
+        What the backbone has calculated for the edges, for its own heads.
     """
 
     scalars: Float[Tensor, "N C"]
     vectors: Float[Tensor, "N 3 C"]
     tensors: Float[Tensor, "N K C"] | None = None
+    edges: Any = None
 
 
 class Head(nn.Module, ABC):
@@ -51,10 +54,19 @@ class Backbone(nn.Module, ABC):
     A subclass takes only keyword options with defaults, sets `cutoff` (Å), `max_z` (atomic numbers below it are known)
     and `tiny` (options with which the contract tests build it), and must not change when edges longer than `cutoff` are
     added to the batch.
+
+    Attributes
+    ----------
+    nearest : Nearest or None
+        Limit on the neighbors of an atom within the cutoff; batches may then be made with fewer edges. None: all count.
+    is_smooth : bool
+        Whether energies are continuous when atoms cross the cutoff; a limit on neighbors makes them jump all the same.
     """
 
     cutoff: float
     max_z: int = MAX_Z + 1
+    nearest: Nearest | None = None
+    is_smooth: bool = True
     tiny: ClassVar[dict[str, Any]]
     #: How the pass is run: ``"eager"``, plain and the reference, or one of `plans`.
     plan: str = "eager"

@@ -6,7 +6,7 @@ eV/Å; inside, the network works in units of `scale`.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -150,5 +150,5 @@ class Potential(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def _detach(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+def _detach(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else None

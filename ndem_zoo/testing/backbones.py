@@ -240,10 +240,11 @@ def _check_shapes(case: BackboneCase, batch: Batch, what: str) -> None:
     features = case.potential().backbone(batch)
     require(isinstance(features, Features), f"{what}: the backbone returns {type(features).__name__}, not Features")
     ranks = {"scalars": 2, "vectors": 3, "tensors": 3}
-    for name, value in features._asdict().items():
+    for name, rank in ranks.items():
+        value = getattr(features, name)
         if value is None and name == "tensors":
             continue
-        require(value.dim() == ranks[name] and value.shape[0] == n, f"{what}: {name} {tuple(value.shape)}")
+        require(value.dim() == rank and value.shape[0] == n, f"{what}: {name} {tuple(value.shape)}")
         require(value.dtype == batch.pos.dtype, f"{what}: {name} is {value.dtype} for positions in {batch.pos.dtype}")
     require(features.vectors.shape[1] == 3, f"{what}: vectors {tuple(features.vectors.shape)}")
     require(all(bool(torch.isfinite(value).all()) for value in outcome), f"{what}: not finite")
