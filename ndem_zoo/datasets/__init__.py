@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ndem_zoo.datasets.extxyz import load_extxyz, read_extxyz, write_extxyz
     from ndem_zoo.datasets.files import DatasetCard, RemoteFile, fetch
     from ndem_zoo.datasets.md17 import load_md17, read_md17
+    from ndem_zoo.datasets.pcqm4mv2 import load_pcqm4mv2, read_pcqm4mv2
+    from ndem_zoo.datasets.qm9 import load_qm9, read_qm9
     from ndem_zoo.datasets.sample import load_sample, read_sample
     from ndem_zoo.datasets.store import StoreWriter, is_store, open_store
     from ndem_zoo.datasets.summary import Summary, virial_temperature
@@ -32,10 +34,14 @@ _HOME = {
     "is_store": "store",
     "load_extxyz": "extxyz",
     "load_md17": "md17",
+    "load_pcqm4mv2": "pcqm4mv2",
+    "load_qm9": "qm9",
     "load_sample": "sample",
     "open_store": "store",
     "read_extxyz": "extxyz",
     "read_md17": "md17",
+    "read_pcqm4mv2": "pcqm4mv2",
+    "read_qm9": "qm9",
     "read_sample": "sample",
     "split_indices": "base",
     "virial_temperature": "summary",
@@ -55,10 +61,14 @@ __all__ = [
     "is_store",
     "load_extxyz",
     "load_md17",
+    "load_pcqm4mv2",
+    "load_qm9",
     "load_sample",
     "open_store",
     "read_extxyz",
     "read_md17",
+    "read_pcqm4mv2",
+    "read_qm9",
     "read_sample",
     "split_indices",
     "virial_temperature",

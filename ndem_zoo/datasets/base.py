@@ -394,6 +394,21 @@ class MolecularDataset:
         new.__dict__.update(self.__dict__, _featurizer=featurizer, _graphs=None)
         return new
 
+    def with_targets(self, names: Sequence[str]) -> MolecularDataset:
+        """The same data with only these of its targets, in this order.
+
+        Raises
+        ------
+        DataError
+            If it has no such target; lists those that it has.
+        """
+        missing = [name for name in names if name not in self.targets]
+        if missing:
+            raise DataError(f"there is no target {missing[0]!r}; there are {', '.join(self.tasks) or 'none'}")
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__, targets={name: self.targets[name] for name in names}, _graphs=None)
+        return new
+
     # ------------------------------------------------------------------------------------------------------------- items
 
     @property

@@ -94,6 +94,9 @@ class DatasetCard:
         Where it is described.
     files
         Its files by official name.
+    atom_references
+        Values of the free atoms at the level of theory of the labels, by target and chemical symbol, in the target's unit
+        in memory (eV for energies).
     """
 
     name: str
@@ -104,6 +107,7 @@ class DatasetCard:
     citation: tuple[str, ...]
     homepage: str = ""
     files: Mapping[str, RemoteFile] = field(default_factory=dict)
+    atom_references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def file_digest(path: str | os.PathLike, algorithm: str = "sha256") -> str:

@@ -23,6 +23,7 @@ from ase import units
 from ase.data import atomic_numbers
 
 from ndem_zoo.datasets.base import MolecularDataset
+from ndem_zoo.datasets.cache import open_cached
 from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, file_digest, find_file, read_npz
 from ndem_zoo.datasets.sdf import iter_sdf
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError
@@ -93,7 +94,7 @@ _ATOMS = {
     "Cv": dict.fromkeys("HCNOF", 2.981),
 }
 
-#: Energies of atomization that molecules have, in Hartree per atom: QM9's lie between -0.14 and -0.06. Others mean
+#: Energies of atomization that molecules have, in Hartree per atom: QM9's U0 lie between -0.20 and -0.11. Others mean
 #: another unit, or energies that are none of totals.
 _ATOMIZATION = (-0.3, 0.0)
 
@@ -218,8 +219,7 @@ def load_qm9(
     targets = _targets_of(target)
     source = find_qm9(data_dir, download)
     drop = _find_list(source, uncharacterized, data_dir, download)
-    whole = open_qm9(source, drop, cache_dir=cache_dir)
-    whole = _with_targets(whole, targets)
+    whole = open_qm9(source, drop, cache_dir=cache_dir).with_targets(targets)
     try:
         parts = whole.split(n_train, n_valid, seed, n_test)
     except DataError as error:
@@ -256,13 +256,6 @@ def _targets_of(target: str | Sequence[str] | None) -> list[str]:
     if not names:
         raise ConfigError(f"target={target!r} names no target; QM9 has {', '.join(QM9_TARGETS)}, and None means all")
     return list(dict.fromkeys(canonical_target(name.strip() if isinstance(name, str) else name) for name in names))
-
-
-def _with_targets(whole: MolecularDataset, targets: list[str]) -> MolecularDataset:
-    """The same structures with some of the targets only."""
-    columns = whole.columns()
-    columns["targets"] = {name: whole.targets[name] for name in targets}
-    return MolecularDataset(**columns, ids=whole.ids, card=whole.card, name=whole.name)
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -321,7 +314,9 @@ def read_uncharacterized(path: str | os.PathLike) -> np.ndarray:
     if not len(numbers) or numbers.min() < 1 or numbers.max() > N_MOLECULES or len(np.unique(numbers)) != len(numbers):
         raise FileFormatError(f"{path} is no list of numbers of molecules, each once, from 1 to {N_MOLECULES}")
     if len(numbers) != N_UNCHARACTERIZED:
-        message = f"{path} lists {len(numbers):,} uncharacterized molecules; the official list has {N_UNCHARACTERIZED:,}"
+        message = (
+            f"{path} lists {len(numbers):,} uncharacterized molecules; the official list has {N_UNCHARACTERIZED:,}"
+        )
         warnings.warn(message, DataWarning, stacklevel=2)
     return np.sort(numbers)
 
@@ -342,11 +337,12 @@ def open_qm9(
     """
     source = Path(source)
     inputs = [path for path in (source, _csv_of(source), drop) if path is not None]
-    key = {Path(path).name: file_digest(path) for path in inputs}
-    return open_cached(f"qm9-{_FORMAT}", key, lambda: [read_qm9(source, drop)], QM9, cache_dir)
+    key = {"format": _FORMAT, "files": [file_digest(path) for path in inputs], "drop": drop is not None}
+    # Choice: SMILES of QM9 have up to 29 characters.
+    return open_cached("QM9", key, lambda: [read_qm9(source, drop)], card=QM9, cache_dir=cache_dir, string_width=32)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------------------------ reading
 
 
 def read_qm9(source: str | os.PathLike, drop: str | os.PathLike | None = None) -> MolecularDataset:
@@ -373,7 +369,8 @@ def read_qm9(source: str | os.PathLike, drop: str | os.PathLike | None = None) -
         # The only conversion of units: everything behind this line is in eV and Å.
         targets={name: raw.columns[name] * _unit_factor(unit) for name, unit in QM9_TARGETS.items()},
         ids=raw.ids,
-        extras={name: raw.columns[name] for name in ROTATIONAL} | ({} if raw.smiles is None else {"smiles": raw.smiles}),
+        extras={name: raw.columns[name] for name in ROTATIONAL}
+        | ({} if raw.smiles is None else {"smiles": raw.smiles}),
         card=QM9,
         name="QM9",
     )
@@ -521,7 +518,9 @@ def _read_flat(source: Path) -> _Raw:
     shapes = {"N": (n,), "Z": (n_atoms,), "R": (n_atoms, 3), **dict.fromkeys(COLUMNS, (n,))}
     for name, shape in shapes.items():
         if raw[name].shape != shape:
-            raise DataError(f"{source}: {name} has shape {raw[name].shape}; {n} molecules of {n_atoms} atoms need {shape}")
+            raise DataError(
+                f"{source}: {name} has shape {raw[name].shape}; {n} molecules of {n_atoms} atoms need {shape}"
+            )
     counts = raw["N"].astype(np.int64)
     if counts.sum() != n_atoms or (counts < 1).any():
         raise DataError(f"{source}: N adds up to {counts.sum()} atoms, but Z has {n_atoms}; all must be positive")
@@ -529,7 +528,9 @@ def _read_flat(source: Path) -> _Raw:
     z = raw["Z"].astype(np.uint8)
     unknown = np.flatnonzero(~np.isin(z, [atomic_numbers[symbol] for symbol in _ATOMS["U0"]]))
     if len(unknown):
-        raise DataError(f"{source}: atom {unknown[0]} has atomic number {raw['Z'][unknown[0]]}; allowed are 1, 6, 7, 8, 9")
+        raise DataError(
+            f"{source}: atom {unknown[0]} has atomic number {raw['Z'][unknown[0]]}; allowed are 1, 6, 7, 8, 9"
+        )
     smiles = raw.get("smiles")
     return _Raw(raw["id"].astype(np.int64), counts, z, raw["R"].astype(np.float64), columns, smiles)
 
@@ -540,7 +541,9 @@ def _check_raw(source: Path, raw: _Raw) -> None:
         raise FileFormatError(f"{source} holds no molecules")
     if len(np.unique(raw.ids)) != len(raw.ids) or raw.ids.min() < 1:
         values, times = np.unique(raw.ids, return_counts=True)
-        raise DataError(f"{source}: molecule {values[times.argmax()]} is there {times.max()} times; each must be there once")
+        raise DataError(
+            f"{source}: molecule {values[times.argmax()]} is there {times.max()} times; each must be there once"
+        )
     owner = np.repeat(np.arange(len(raw.ids)), raw.counts)
     bad = ~np.isfinite(raw.pos).all(axis=1)
     if bad.any():
