@@ -471,7 +471,10 @@ class MolecularDataset:
         return atoms
 
     def to_batch(self, cutoff: float, dtype: torch.dtype | None = None) -> Batch:
-        """All structures as one `Batch` on the CPU, with edges up to `cutoff` Å; geometry in `dtype` (float32)."""
+        """All structures as one `Batch` on the CPU, with edges up to `cutoff` Å; geometry in `dtype` (float32).
+
+        Extras that are no numbers (names, SMILES) stay behind.
+        """
         import torch
 
         return make_batch(
@@ -483,7 +486,7 @@ class MolecularDataset:
             pbc=self.pbc,
             fixed=self.fixed,
             targets=self.targets,
-            extras=self.extras,
+            extras={name: column for name, column in self.extras.items() if column.dtype.kind in "biuf"},
             dtype=torch.float32 if dtype is None else dtype,
         )
 

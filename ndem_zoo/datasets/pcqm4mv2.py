@@ -50,7 +50,7 @@ PCQM4MV2 = DatasetCard(
     description="Equilibrium geometries of PubChem's molecules (PubChemQC), the training part of OGB-LSC's challenge.",
     theory="B3LYP/6-31G*",
     units={"positions": "Å", "gap": "eV"},
-    licence="CC BY 4.0, as OGB states it",
+    licence="PubChemQC is in the public domain by its authors' word; that of OGB's selection could not be read",
     citation=(
         "W. Hu et al., OGB-LSC: a large-scale challenge for machine learning on graphs, NeurIPS Datasets and Benchmarks "
         "(2021)",
@@ -175,7 +175,9 @@ def open_pcqm4mv2(
     """All molecules, memory-mapped; the files are read only if that was not done before (hours, for the official ones)."""
     inputs = [Path(path) for path in (source, table) if path is not None]
     key = {"format": _FORMAT, "files": [file_digest(path) for path in inputs]}
-    return open_cached("PCQM4Mv2", key, lambda: read_pcqm4mv2(*inputs), card=PCQM4MV2, cache_dir=cache_dir)
+    return open_cached(
+        "PCQM4Mv2", key, lambda: read_pcqm4mv2(*inputs), card=PCQM4MV2, cache_dir=cache_dir, string_width=8
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

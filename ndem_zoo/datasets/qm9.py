@@ -129,7 +129,7 @@ QM9 = DatasetCard(
     description="Equilibrium geometries and properties of organic molecules with up to nine of C, N, O, F.",
     theory="B3LYP/6-31G(2df,p)",
     units={"positions": "Å", **QM9_TARGETS, **dict.fromkeys(ROTATIONAL, "GHz")},
-    licence="CC0 on figshare, as public loaders state it",
+    licence="none that could be read with the files; the loader of load-atoms states CC0",
     citation=(
         "R. Ramakrishnan et al., Quantum chemistry structures and properties of 134 kilo molecules, "
         "Sci. Data 1, 140022 (2014)",
