@@ -8,7 +8,6 @@ the table no checksum of the file itself is known, so it is used as it is found.
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import re
 import tarfile
@@ -231,7 +230,7 @@ def _iter_entries(source: Path) -> Iterator[Entry]:
             for member in tar:
                 file = tar.extractfile(member) if member.name.endswith(".sdf") else None
                 if file is not None:
-                    lines = io.TextIOWrapper(file, encoding="ascii", errors="replace")
+                    lines = (line.decode("ascii", errors="replace") for line in file)
                     yield from iter_sdf(lines, f"{source}: {member.name}")
     except FileNotFoundError:
         raise
