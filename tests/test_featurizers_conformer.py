@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import re
 import warnings
@@ -11,7 +12,7 @@ import pytest
 
 from ndem_zoo.errors import ConfigError, DataError, DataWarning
 from ndem_zoo.featurizers import ConformerGraph, RadiusGraph, find_terms
-from ndem_zoo.featurizers.conformer import read_molecule
+from ndem_zoo.featurizers.conformer import MAX_SEED, read_molecule
 from ndem_zoo.featurizers.terms import pad_terms
 
 Chem = pytest.importorskip("rdkit.Chem")
@@ -106,10 +107,22 @@ def test_energies_are_those_of_the_force_field():
 
 @pytest.mark.dgl
 def test_the_lowest_of_many_is_not_above_the_first():
-    one = ConformerGraph(n_conformers=1).conformers("OCCCCO").energies[0]
-    many = ConformerGraph(n_conformers=10).conformers("OCCCCO")
-    assert many.energies[0] < one - 0.01
-    np.testing.assert_array_equal(positions(ConformerGraph(n_conformers=10)("OCCCCO")), many.pos[0])
+    gains = []
+    for seed in range(3):
+        one = ConformerGraph(n_conformers=1, seed=seed).conformers("OCCCCO").energies[0]
+        many = ConformerGraph(n_conformers=10, seed=seed).conformers("OCCCCO")
+        gains.append(one - many.energies[0])
+        np.testing.assert_array_equal(positions(ConformerGraph(n_conformers=10, seed=seed)("OCCCCO")), many.pos[0])
+    assert min(gains) > -1e-6  # the first of many is the same as the only one
+    assert max(gains) > 0.01
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, MAX_SEED])
+def test_conformers_of_one_molecule_differ(seed):
+    """RDKit makes the same conformer again and again with some seeds."""
+    conformers = ConformerGraph(n_conformers=10, seed=seed, force_field=None).conformers("OCCCCO")
+    distances = np.linalg.norm(conformers.pos[:, 0] - conformers.pos[:, 5], axis=1)  # O to O
+    assert len(set(distances.round(3))) >= 9
 
 
 @pytest.mark.dgl
@@ -145,8 +158,6 @@ def test_edges_are_those_of_radius_graph():
 def test_atoms_stay_in_order(smiles, expected):
     graph = ConformerGraph()(smiles)
     assert elements(graph) == expected
-    given = [symbol for symbol in re.findall("H(?=])|[COF]", smiles.replace("CH3", "C").replace("OH", "O"))]
-    assert [{"H": 1, "C": 6, "O": 8, "F": 9}[s] for s in given] == expected[: len(given)]
 
 
 @pytest.mark.dgl
@@ -279,7 +290,9 @@ def test_there_is_never_an_empty_array(mode):
 def test_what_models_cannot_tell_can_be_allowed():
     assert elements(ConformerGraph(allow=("charge",))("[NH4+]")) == [7, 1, 1, 1, 1]
     assert elements(ConformerGraph(allow=("radical",), force_field=None)("[CH3]")) == [6, 1, 1, 1]
-    assert elements(ConformerGraph(allow=["fragments"])("C.C")) == [6, 6] + [1] * 8
+    graph = ConformerGraph(allow=["fragments"])("C.C")
+    assert elements(graph) == [6, 6] + [1] * 8
+    assert 3.0 < np.linalg.norm(positions(graph)[1] - positions(graph)[0]) < 6.0  # in contact, not on top of each other
     assert elements(ConformerGraph()("C[N+](=O)[O-]"))[:4] == [6, 7, 8, 8]  # charged atoms, neutral molecule
 
 
@@ -363,7 +376,7 @@ def test_terms_are_chains_of_bonds_each_once():
     for rows in (terms.angles, terms.torsions, terms.rotors):
         for row in rows.tolist():
             assert len(set(row)) == len(row)
-            assert all(tuple(sorted(pair)) in bonds for pair in zip(row, row[1:], strict=False))
+            assert all(tuple(sorted(pair)) in bonds for pair in itertools.pairwise(row))
         assert len({min(tuple(row), tuple(row[::-1])) for row in rows.tolist()}) == len(rows)
     assert len(terms.angles) == sum(a.GetDegree() * (a.GetDegree() - 1) // 2 for a in mol.GetAtoms())
     rotors = {min(tuple(row), tuple(row[::-1])) for row in terms.rotors.tolist()}
@@ -481,6 +494,7 @@ def test_a_dataset_can_be_trained_on_and_saved(tmp_path):
     model = NDeMTorchMDNet(
         preset="md17_fast",
         objective="supervised",
+        force_weight=0.0,
         backbone_options={"hidden_channels": 8, "num_layers": 1, "num_heads": 2},
         progress=False,
         device="cpu",
@@ -505,7 +519,12 @@ def test_deepchem_takes_the_graphs():
 
     small = {"hidden_channels": 8, "num_layers": 1, "num_heads": 2}
     model = NDeMTorchMDNet(
-        preset="md17_fast", objective="supervised", backbone_options=small, progress=False, device="cpu"
+        preset="md17_fast",
+        objective="supervised",
+        force_weight=0.0,
+        backbone_options=small,
+        progress=False,
+        device="cpu",
     )
     assert np.isfinite(model.fit(data, max_steps=2).predict(data)["energy"]).all()
 

@@ -7,6 +7,7 @@ What cannot be turned into a geometry is an error or, if asked for, left out and
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,8 +35,11 @@ FORCE_FIELDS = ("MMFF94", "MMFF94s", "UFF", None)
 #: What a molecule may be only if `allow` says so: models know neither charges nor spins nor where fragments belong.
 PECULIARITIES = ("charge", "radical", "fragments")
 
-#: Largest seed that RDKit takes.
-MAX_SEED = 2**31 - 1
+#: Largest seed, and largest number of anything. RDKit reckons with seeds modulo 2**31 - 1.
+MAX_SEED = 2**31 - 3
+
+#: Choice: Å between fragments before the force field pulls them together, along x.
+FRAGMENT_GAP = 3.0
 
 _WIDTHS = {"bonds": 2, "angles": 3, "torsions": 4, "rotors": 4}
 
@@ -483,7 +487,8 @@ def _embed(mol: Mol, n: int, seed: int) -> list[str]:
     """Give a molecule `n` conformers; notes if that took more, or gave less, than usual."""
     geometry = require("rdkit.Chem.rdDistGeom", extra="chem")
     options = geometry.ETKDGv3()
-    options.randomSeed, options.trackFailures = seed, True
+    # Pitfall: RDKit multiplies the seed by the number of the conformer, so that with seed 0 they are all the same.
+    options.randomSeed, options.trackFailures = seed + 1, True
     with require("rdkit.rdBase", extra="chem").BlockLogs():
         try:
             found, notes = len(geometry.EmbedMultipleConfs(mol, n, options)), []
@@ -497,7 +502,19 @@ def _embed(mol: Mol, n: int, seed: int) -> list[str]:
         causes = dict(zip(geometry.EmbedFailureCauses.names, options.GetFailureCounts(), strict=False))
         counts = ", ".join(f"{name} {count} times" for name, count in causes.items() if count)
         raise DataError(f"ETKDGv3 found no geometry ({counts or 'no cause given'}); is the stereo possible?")
+    _spread_fragments(mol)
     return notes + ([f"only {found} of {n} conformers could be made"] if found < n else [])
+
+
+def _spread_fragments(mol: Mol) -> None:
+    """Put fragments side by side; RDKit puts all of them at the origin."""
+    fragments = [list(atoms) for atoms in require("rdkit.Chem", extra="chem").GetMolFrags(mol)]
+    for conformer in mol.GetConformers() if len(fragments) > 1 else []:
+        pos = conformer.GetPositions()
+        for before, atoms in itertools.pairwise(fragments):
+            pos[atoms, 0] += pos[before, 0].max() + FRAGMENT_GAP - pos[atoms, 0].min()
+        for i, x in enumerate(pos.tolist()):
+            conformer.SetAtomPosition(i, x)
 
 
 def _clean_up(mol: Mol, force_field: str | None, max_iterations: int) -> tuple[str, np.ndarray, list[str]]:
