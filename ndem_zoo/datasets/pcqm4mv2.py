@@ -143,7 +143,7 @@ def find_pcqm4mv2(data_dir: str | os.PathLike | None = None, download: bool = Tr
     """Path of the geometries: the user's own, packed or not, or a download."""
     folder = data_folder(data_dir)
     if folder.is_file():
-        return folder
+        return fetch(PCQM4MV2, _ARCHIVE, folder.parent) if folder.name == _ARCHIVE else folder
     own = find_file(folder, (_ARCHIVE, _SDF), _SUBFOLDERS)
     if own is not None and own.name == _SDF:
         return own
@@ -171,11 +171,10 @@ def find_table(source: Path, data_dir: str | os.PathLike | None = None) -> Path:
 def open_pcqm4mv2(
     source: str | os.PathLike, table: str | os.PathLike | None = None, *, cache_dir: str | os.PathLike | None = None
 ) -> MolecularDataset:
-    """All molecules, memory-mapped; the files are read only if that was not done before (hours, for the official ones)."""
-    inputs = [Path(path) for path in (source, table) if path is not None]
-    key = {"format": _FORMAT, "files": [file_digest(path) for path in inputs]}
+    """All molecules, memory-mapped; the files are read only if that was not done before (minutes for the official ones)."""
+    key = {"format": _FORMAT, "files": [file_digest(path) for path in (source, table) if path is not None]}
     return open_cached(
-        "PCQM4Mv2", key, lambda: read_pcqm4mv2(*inputs), card=PCQM4MV2, cache_dir=cache_dir, string_width=8
+        "PCQM4Mv2", key, lambda: read_pcqm4mv2(source, table), card=PCQM4MV2, cache_dir=cache_dir, string_width=8
     )
 
 
@@ -204,7 +203,7 @@ def read_pcqm4mv2(
         If a molecule of the table has other heavy atoms than the one in the same place of the archive.
     """
     source = Path(source)
-    gaps, smiles = (None, None) if table is None else _read_table(Path(table))
+    gaps, smiles = (None, []) if table is None else _read_table(Path(table))
     first = 0
     entries = _iter_entries(source)
     while chunk := list(islice(entries, piece)):
@@ -230,8 +229,8 @@ def _iter_entries(source: Path) -> Iterator[Entry]:
             for member in tar:
                 file = tar.extractfile(member) if member.name.endswith(".sdf") else None
                 if file is not None:
-                    lines = (line.decode("ascii", errors="replace") for line in file)
-                    yield from iter_sdf(lines, f"{source}: {member.name}")
+                    text = (line.decode("ascii", errors="replace") for line in file)
+                    yield from iter_sdf(text, f"{source}: {member.name}")
     except FileNotFoundError:
         raise
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:

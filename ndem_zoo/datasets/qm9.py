@@ -265,7 +265,7 @@ def find_qm9(data_dir: str | os.PathLike | None = None, download: bool = True) -
     """Path of QM9's file: the user's own in any of the three layouts, or a download of the official archive."""
     folder = data_folder(data_dir)
     if folder.is_file():
-        return folder
+        return fetch(QM9, _ARCHIVE, folder.parent) if folder.name == _ARCHIVE else folder
     own = find_file(folder, (_ARCHIVE, _SDF, "qm9.npz"), _SUBFOLDERS)
     if own is not None and own.name != _ARCHIVE:
         return own
@@ -336,7 +336,8 @@ def open_qm9(
         See `load_qm9`.
     """
     source = Path(source)
-    inputs = [path for path in (source, _csv_of(source), drop) if path is not None]
+    table = _table_of(source) if source.suffix == ".sdf" else None
+    inputs = [path for path in (source, table, drop) if path is not None]
     key = {"format": _FORMAT, "files": [file_digest(path) for path in inputs], "drop": drop is not None}
     # Choice: SMILES of QM9 have up to 29 characters.
     return open_cached("QM9", key, lambda: [read_qm9(source, drop)], card=QM9, cache_dir=cache_dir, string_width=32)
@@ -398,7 +399,7 @@ class _Molecule(NamedTuple):
 
 
 def _read_raw(source: Path) -> _Raw:
-    name = source.name.lower()
+    name = source.name
     if name.endswith(".npz"):
         return _read_flat(source)
     if name.endswith(".sdf"):
@@ -474,18 +475,25 @@ def _read_xyz(text: str, where: str) -> _Molecule:
         raise FileFormatError(f"{where} is not in QM9's format ({error})") from error
 
 
-def _csv_of(source: Path) -> Path | None:
-    """The table that belongs to an SD file."""
-    return Path(f"{source}.csv") if source.name.lower().endswith(".sdf") else None
+def _table_of(source: Path) -> Path:
+    """The table that belongs to an SD file.
+
+    Raises
+    ------
+    DataError
+        If it is not there.
+    """
+    path = source.with_name(f"{source.name}.csv")
+    if not path.is_file():
+        raise DataError(f"{source} has no {path.name} beside it, which holds the properties")
+    return path
 
 
 def _iter_sdf(source: Path) -> Iterator[_Molecule]:
     """Molecules of the SD file with the properties of the table, whose names must agree, line by line."""
     import pandas as pd
 
-    path = _csv_of(source)
-    if not path.is_file():
-        raise DataError(f"{source} has no {path.name} beside it, which holds the properties")
+    path = _table_of(source)
     try:
         table = pd.read_csv(path)
         names = [_CSV_NAMES.get(name, name) for name in COLUMNS]

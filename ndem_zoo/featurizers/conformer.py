@@ -11,7 +11,7 @@ import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -44,7 +44,8 @@ FRAGMENT_GAP = 3.0
 _WIDTHS = {"bonds": 2, "angles": 3, "torsions": 4, "rotors": 4}
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True)
+class Outcome:
     """What became of one molecule.
 
     Attributes
@@ -388,8 +389,8 @@ class ConformerGraph(Featurizer):
         if not np.isfinite(pos).all():
             raise DataError(f"the geometry from {force_field or 'ETKDG'} is not finite")
         z = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.int64)
-        notes = (*notes, *more, *dropped)
-        return Conformers(mol, z, pos, energies[order], force_field, given.GetNumAtoms(), notes)
+        notes += more + dropped
+        return Conformers(mol, z, pos, energies[order], force_field, given.GetNumAtoms(), tuple(notes))
 
     def terms(self, molecule: str | Mol) -> BondedTerms:
         """Bonds, angles, torsions and rotors of one molecule, for the atoms of its graph; needs no geometry."""

@@ -6,8 +6,9 @@ count, not the geometry; `conformer.py` makes the geometries, and datasets keep 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
@@ -78,7 +79,7 @@ def find_terms(mol: Mol, *, hydrogen_rotors: bool = True) -> BondedTerms:
     return BondedTerms(_rows(bonds, 2), _rows(angles, 3), _rows(torsions, 4), _rows(rotors, 4))
 
 
-def _rows(terms: list[tuple[int, ...]], width: int) -> np.ndarray:
+def _rows(terms: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
     return np.array(terms, dtype=np.int64).reshape(-1, width)
 
 
@@ -90,7 +91,7 @@ def _is_rotatable(mol: Mol, j: int, k: int, with_hydrogens: bool) -> bool:
     return all(_can_turn(mol.GetAtomWithIdx(atom), with_hydrogens, chem) for atom in (j, k))
 
 
-def _can_turn(atom: Atom, with_hydrogens: bool, chem: object) -> bool:
+def _can_turn(atom: Atom, with_hydrogens: bool, chem: Any) -> bool:
     """Whether something hangs on an end of a bond that turning the bond would move."""
     degree = sum(with_hydrogens or other.GetAtomicNum() != 1 for other in atom.GetNeighbors())
     return degree > 1 and not any(bond.GetBondType() == chem.BondType.TRIPLE for bond in atom.GetBonds())
