@@ -214,6 +214,19 @@ def test_a_geometry_with_the_wrong_stereo_is_no_result(monkeypatch):
 
 
 @pytest.mark.dgl
+def test_conformers_that_a_molecule_brings_along_are_not_used():
+    own = Chem.AddHs(Chem.MolFromSmiles("CCO"))
+    own.AddConformer(Chem.Conformer(9))  # all atoms at the origin
+    np.testing.assert_array_equal(positions(ConformerGraph()(own)), positions(ConformerGraph()("CCO")))
+    assert own.GetNumConformers() == 1
+
+
+@pytest.mark.parametrize("smiles", ["F/C=C/Cl", "C[C@H](O)F", "C[C@H](C)F", "CC", "FC=C"])
+def test_stereo_that_is_stated_or_absent_is_no_note(smiles):
+    assert ConformerGraph().conformers(smiles).notes == ()
+
+
+@pytest.mark.dgl
 def test_open_stereo_is_reported():
     featurizer = ConformerGraph()
     with pytest.warns(DataWarning, match="1 molecules were not made as usual, the first is molecule 1"):

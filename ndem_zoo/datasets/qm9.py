@@ -440,7 +440,7 @@ def _collect(molecules: Iterable[_Molecule], source: Path, with_smiles: bool) ->
 def _iter_archive(source: Path) -> Iterator[_Molecule]:
     """Molecules of the official archive, which is streamed and never unpacked."""
     try:
-        # Pitfall: tarfile's own decompression takes a truncated archive for a complete one; bz2's does not.
+        # Choice: bz2's reader, which notices wherever an archive is cut off; tarfile alone ends quietly between members.
         with bz2.open(source) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 file = tar.extractfile(member) if member.isfile() else None

@@ -380,7 +380,6 @@ class ConformerGraph(Featurizer):
         """
         given = self._prepare(molecule)
         mol = require("rdkit.Chem", extra="chem").AddHs(given)
-        mol.RemoveAllConformers()
         notes = _open_stereo(given) + _embed(mol, self.n_conformers, self.seed)
         force_field, energies, more = _clean_up(mol, self.force_field, self.max_iterations)
         order, dropped = _with_stated_stereo(mol, np.argsort(energies, kind="stable"))
