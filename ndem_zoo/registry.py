@@ -27,6 +27,8 @@ OBJECTIVES: dict[str, str] = {
 
 DATASETS: dict[str, str] = {
     "md17": "ndem_zoo.datasets.md17:load_md17",
+    "qm9": "ndem_zoo.datasets.qm9:load_qm9",
+    "pcqm4mv2": "ndem_zoo.datasets.pcqm4mv2:load_pcqm4mv2",
     "extxyz": "ndem_zoo.datasets.extxyz:load_extxyz",
     "sample": "ndem_zoo.datasets.sample:load_sample",
 }

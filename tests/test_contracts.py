@@ -6,7 +6,9 @@ backbone its golden numbers (scripts/make_golden_backbones.py).
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,8 @@ import torch
 from ndem_zoo import testing
 from ndem_zoo.datasets.extxyz import load_extxyz
 from ndem_zoo.datasets.md17 import load_md17
+from ndem_zoo.datasets.pcqm4mv2 import load_pcqm4mv2
+from ndem_zoo.datasets.qm9 import load_qm9
 from ndem_zoo.datasets.sample import load_sample, sample_file
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.models.torchmd_net import EquivariantAttention, TorchMDNet
@@ -121,9 +125,86 @@ def sample_case(folder: Path) -> testing.DatasetCase:
     )
 
 
+#: One Hartree in eV, and the energies of the free atoms H and C in Hartree.
+EV_PER_HARTREE, ATOMS = 27.211386246, {"H": -0.5, "C": -37.85}
+
+
+def qm9_case(folder: Path) -> testing.DatasetCase:
+    """Fifteen molecules C and H in the official format, one of them uncharacterized, and a number of Mathematica's."""
+    with tarfile.open(folder / "dsgdb9nsd.xyz.tar.bz2", "w:bz2") as tar:
+        for i in range(1, 16):
+            total = ATOMS["C"] + ATOMS["H"] - 0.25 - 0.01 * i
+            properties = [5.5, 6.5, 7.5, 0.1 * i, 9.25, -0.25, 0.0625, 0.3125, 35.5, 0.015, *[total] * 4, 6.25]
+            lines = [
+                "2",
+                f"gdb {i}\t" + "\t".join(map(str, properties)) + "\t",
+                f"C\t 0.\t 7.5*^-6\t 0.0{i:02d}\t-0.1",
+                "H\t 0.\t 0.\t 1.125\t 0.1",
+                "3100.",
+                "[CH]\t[CH]\t",
+                "InChI=1S/CH/h1H\tInChI=1S/CH/h1H",
+            ]
+            data = ("\n".join(lines) + "\n").encode()
+            member = tarfile.TarInfo(f"dsgdb9nsd_{i:06d}.xyz")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    (folder / "uncharacterized.txt").write_text(
+        "List of molecules\n=====\n#   Index   SMILES\n=====\n   3   C   C   1.0\n=====\n"
+    )
+    total = (ATOMS["C"] + ATOMS["H"] - 0.25 - 0.12) * EV_PER_HARTREE
+    return testing.DatasetCase(
+        name="QM9",
+        load=lambda seed: load_qm9(n_train=6, n_valid=2, seed=seed, data_dir=folder, cache_dir=folder, download=False),
+        row=10,  # without molecule 3, it holds number 12
+        positions=np.array([[0.0, 7.5e-6, 0.012], [0.0, 0.0, 1.125]]),
+        energy=None,
+        forces=None,
+        train_rows=[1, 10, 7, 9, 13, 4],
+        targets={"mu": 1.2, "r2": 35.5, "Cv": 6.25, "gap": 0.3125 * EV_PER_HARTREE, "U0": total, "G": total},
+    )
+
+
+def pcqm4mv2_case(folder: Path) -> testing.DatasetCase:
+    """Twelve molecules as OGB has them: an SD file in an archive, and a table of gaps in eV."""
+    entries = []
+    for i in range(12):
+        atoms = [f"{0.1 * i:10.4f}    0.0000    0.2500 C   0  0", "    0.0000    1.1250    0.0000 H   0  0"]
+        entries += [
+            "",
+            "     RDKit          3D",
+            "",
+            "  2  1  0  0  0  0  0  0  0  0999 V2000",
+            *atoms,
+            "  1  2  1  0",
+            "M  END",
+            "$$$$",
+        ]
+    data = ("\n".join(entries) + "\n").encode()
+    with tarfile.open(folder / "pcqm4m-v2-train.sdf.tar.gz", "w:gz") as tar:
+        member = tarfile.TarInfo("pcqm4m-v2-train.sdf")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    rows = "".join(f"{i},[CH],{4.5 + i}\n" for i in range(12)) + "12,CO,\n"
+    (folder / "data.csv").write_text("idx,smiles,homolumogap\n" + rows)
+    return testing.DatasetCase(
+        name="PCQM4Mv2",
+        load=lambda seed: load_pcqm4mv2(
+            "gap", n_train=6, n_valid=2, n_test=4, seed=seed, data_dir=folder, cache_dir=folder, download=False
+        ),
+        row=11,
+        positions=np.array([[1.1, 0.0, 0.25], [0.0, 1.125, 0.0]]),
+        energy=None,
+        forces=None,
+        train_rows=[8, 11, 4, 7, 5, 0],
+        targets={"gap": 15.5},
+    )
+
+
 DATASET_CASES: dict[str, Callable[[Path], testing.DatasetCase]] = {
     "md17": lambda folder: md17_case(folder, revised=False),
     "md17 revised": lambda folder: md17_case(folder, revised=True),
+    "qm9": qm9_case,
+    "pcqm4mv2": pcqm4mv2_case,
     "extxyz": extxyz_case,
     "sample": sample_case,
 }

@@ -6,8 +6,8 @@ Probes are listed in `DATASET_PROBES`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import SkipTest
 
@@ -38,20 +38,23 @@ class DatasetCase:
     row : int
         A structure of the raw file, whose content follows.
     positions, forces : (n, 3)
-        Its positions in Å and forces in eV/Å, converted by hand.
+        Its positions in Å and forces in eV/Å, converted by hand; None for data without forces.
     energy : float
-        Its energy in eV, converted by hand.
+        Its energy in eV, converted by hand; None for data without energies.
     train_rows : sequence of int
         Rows of the raw file in the training set for seed 1: the same on every platform.
+    targets : mapping
+        Its further labels with one number per structure, converted by hand.
     """
 
     name: str
     load: Callable[[int], Loaded]
     row: int
     positions: np.ndarray
-    energy: float
-    forces: np.ndarray
+    energy: float | None
+    forces: np.ndarray | None
     train_rows: Sequence[int]
+    targets: Mapping[str, float] = field(default_factory=dict)
 
 
 def check_dataset(
@@ -59,8 +62,9 @@ def check_dataset(
     *,
     row: int,
     positions: np.ndarray,
-    energy: float,
-    forces: np.ndarray,
+    energy: float | None = None,
+    forces: np.ndarray | None = None,
+    targets: Mapping[str, float] | None = None,
     train_rows: Sequence[int],
     name: str = "dataset",
     skip: Sequence[str] = (),
@@ -71,7 +75,7 @@ def check_dataset(
     ----------
     load
         From a seed to ``(tasks, (train, valid, test), transformers)``.
-    row, positions, energy, forces, train_rows
+    row, positions, energy, forces, targets, train_rows
         What is known about the raw file; see `DatasetCase`. Convert by hand, not with the code under test.
     name
         For messages.
@@ -83,7 +87,8 @@ def check_dataset(
     AssertionError
         If a probe fails; lists all that do.
     """
-    run_probes(DATASET_PROBES, DatasetCase(name, load, row, positions, energy, forces, train_rows), skip)
+    case = DatasetCase(name, load, row, positions, energy, forces, train_rows, targets or {})
+    run_probes(DATASET_PROBES, case, skip)
 
 
 def _find_row(case: DatasetCase, parts: Sequence[Any]) -> tuple[Any, int]:
@@ -120,12 +125,17 @@ def column_types(case: DatasetCase) -> None:
 
 
 def units(case: DatasetCase) -> None:
-    """Catches wrong or missing conversions: a structure has the energy and forces that were computed by hand."""
+    """Catches wrong or missing conversions: a structure has the labels that were computed by hand."""
     part, i = _find_row(case, case.load(1)[1])
     structure = part.atoms(i)
-    energy = structure.get_potential_energy()
-    require(abs(energy / case.energy - 1) < UNITS, f"energy {energy!r} eV, expected {case.energy!r} eV")
-    require_close(torch.as_tensor(structure.get_forces()), torch.as_tensor(case.forces), UNITS, "forces in eV/Å")
+    if case.energy is not None:
+        energy = structure.get_potential_energy()
+        require(abs(energy / case.energy - 1) < UNITS, f"energy {energy!r} eV, expected {case.energy!r} eV")
+    if case.forces is not None:
+        require_close(torch.as_tensor(structure.get_forces()), torch.as_tensor(case.forces), UNITS, "forces in eV/Å")
+    for name, expected in case.targets.items():
+        found = float(part.targets[name][i])
+        require(abs(found - expected) <= UNITS * abs(expected), f"{name} {found!r}, expected {expected!r}")
 
 
 def disjoint_splits(case: DatasetCase) -> None:
@@ -179,8 +189,9 @@ def agreeing_views(case: DatasetCase) -> None:
     require(np.array_equal(batch.pos.numpy(), part.pos[rows]), "positions of the batch differ from the column")
     require(np.array_equal(atoms.numbers, part.z[rows]), "atomic numbers of the ase.Atoms differ from the column")
     require(np.array_equal(atoms.positions, part.pos[rows]), "positions of the ase.Atoms differ from the column")
-    require(float(batch.targets["energy"][0]) == float(part.targets["energy"][i]), "the batch has another energy")
-    require(np.array_equal(batch.targets["forces"].numpy(), part.targets["forces"][rows]), "the batch has other forces")
+    for name, column in part.targets.items():
+        expected = column[rows] if name in part.per_atom else column[i : i + 1]
+        require(np.array_equal(batch.targets[name].numpy(), expected), f"{name} of the batch differs from the column")
 
 
 def graphs(case: DatasetCase) -> None:
@@ -194,7 +205,7 @@ def graphs(case: DatasetCase) -> None:
     expected = part.select([i]).to_batch(5.0, dtype=torch.float64)
     for name in ("z", "pos"):
         require_same_bits(getattr(batch, name), getattr(expected, name), f"{name} of the graph")
-    for name in ("energy", "forces"):
+    for name in {"energy", "forces"} & set(part.targets):
         require_same_bits(batch.targets[name], expected.targets[name], f"{name} of the graph")
 
 
