@@ -41,6 +41,9 @@ TIE = 1e-4
 #: than this, in Å² (fairchem's value).
 DEGENERATE = 0.01
 
+#: Where neighbors are searched for with cell lists (vesin); elsewhere all images of all pairs are compared, on the device.
+LISTS_ON = ("cpu",)
+
 #: Choice: so many pairs and images are looked at together when edges are made on a GPU, some 1 GB at a time.
 PAIRS_AT_ONCE = 1 << 24
 
@@ -281,6 +284,12 @@ def within(batch: Batch, cutoff: float, nearest: Nearest | None = None) -> Batch
     return batch.replace(**edges, cutoff=min(batch.cutoff, cutoff), nearest=nearest or batch.nearest)
 
 
+def _needs_search(counts: np.ndarray, pbc: np.ndarray | None) -> bool:
+    """Whether edges depend on positions; few free atoms get all pairs."""
+    periodic = pbc is not None and bool(np.any(pbc))
+    return periodic or not len(counts) or counts.max() > ALL_PAIRS_UP_TO
+
+
 def edges_of(
     pos: np.ndarray,
     counts: np.ndarray,
@@ -316,7 +325,7 @@ def edges_of(
         What the edges are complete up to, in Å: ``inf`` for all pairs.
     """
     periodic = pbc is not None and bool(np.any(pbc))
-    if not periodic and len(counts) and counts.max() <= ALL_PAIRS_UP_TO:
+    if not _needs_search(counts, pbc):
         return *all_pairs(counts), None, math.inf
     stops = np.cumsum(counts)
     found = []
@@ -428,7 +437,7 @@ def rebuild_edges(batch: Batch, cutoff: float, pos: Float[Tensor, "N 3"] | None 
     Neighbor lists on a CPU, all images of all pairs on a GPU.
     """
     pos = batch.pos if pos is None else pos
-    if pos.device.type != "cpu":
+    if pos.device.type not in LISTS_ON:
         src, dst, shift = edges_on_device(pos, batch.n_atoms, cutoff, batch.cell)
         edges = {"src": src, "dst": dst, "shift": shift.to(pos.dtype)}
         fresh = batch.replace(pos=pos, **edges, cutoff=float(cutoff), nearest=None)
@@ -482,6 +491,7 @@ def make_batch(
     cutoff: float,
     *,
     nearest: Nearest | None = None,
+    search: bool = True,
     cell: np.ndarray | None = None,
     pbc: np.ndarray | None = None,
     fixed: np.ndarray | None = None,
@@ -503,6 +513,8 @@ def make_batch(
         Radius in Å up to which edges must be complete.
     nearest
         Limit on the edges into one atom, where neighbors have to be searched for.
+    search
+        False leaves edges that have to be searched for to `rebuild_edges`: there are none, and the batch's cutoff is 0.
     cell, pbc : (S, 3, 3) and (S, 3), optional
         Cells as rows in Å, and which of the rows are periodic.
     fixed : (N,) bool, optional
@@ -513,7 +525,10 @@ def make_batch(
         Of the geometry.
     """
     counts = np.asarray(counts, dtype=np.int64)
-    src, dst, shift, radius = edges_of(pos, counts, cutoff, cell, pbc, nearest)
+    if search or not _needs_search(counts, pbc):
+        src, dst, shift, radius = edges_of(pos, counts, cutoff, cell, pbc, nearest)
+    else:
+        src, dst, shift, radius = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), None, 0.0
     rows = np.zeros((len(counts), 3, 3)) if cell is None or pbc is None else np.where(pbc[:, :, None], cell, 0.0)
     return Batch(
         z=torch.from_numpy(np.array(z, dtype=np.int64)),

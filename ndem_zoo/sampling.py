@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ndem_zoo import graph
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import ALL_PAIRS_UP_TO, Batch, Nearest, make_batch
 
@@ -271,12 +272,14 @@ class Collator:
             counts,
             self.cutoff,
             nearest=self.nearest,
+            search=self.device.type in graph.LISTS_ON,
             cell=None if dataset.cell is None else dataset.cell[indices],
             pbc=None if dataset.pbc is None else dataset.pbc[indices],
             fixed=None if dataset.fixed is None else dataset.fixed[atoms],
             dtype=self.dtype,
         )
-        return (batch.pin_memory() if self.device.type == "cuda" else batch).to(self.device)
+        batch = (batch.pin_memory() if self.device.type == "cuda" else batch).to(self.device)
+        return graph.rebuild_edges(batch, self.cutoff) if batch.cutoff == 0 else batch
 
     def _gather(self, structures: Tensor, atoms: Tensor) -> dict[str, dict[str, Tensor]]:
         """Labels and extras on the device."""

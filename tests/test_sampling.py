@@ -11,14 +11,15 @@ import traceback
 import numpy as np
 import pytest
 import torch
-from ase.build import bulk
+from ase.build import bulk, fcc111
 
-from ndem_zoo import sampling
+from ndem_zoo import graph, sampling
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import ConfigError, DataError
-from ndem_zoo.graph import make_batch
+from ndem_zoo.graph import Nearest, make_batch
 from ndem_zoo.models.torchmd_net import NDeMTorchMDNet, TorchMDNet
 from ndem_zoo.sampling import Collator, Order, collate, expected_edges, load, size_batches, step_seed
+from ndem_zoo.testing.common import distorted
 
 SHARED = ("z", "src", "dst", "shift", "system", "cell", "fixed")
 
@@ -358,3 +359,23 @@ def test_an_element_beyond_the_embedding_is_refused_by_name():
     with pytest.raises(DataError, match=r"structure 2: atomic number 100; this backbone knows those below 100"):
         model.fit(mixed_sizes(z_last=100), max_steps=1)
     assert not hasattr(model, "potential_")
+
+
+@pytest.mark.parametrize("limit", [None, Nearest(6)])
+def test_edges_that_are_made_on_the_device(limit, monkeypatch):
+    """As on a GPU, which is asked to compare all images of all pairs; here on the CPU, with the lists for a truth."""
+    slabs = [distorted(fcc111("Cu", (2, 2, n), vacuum=5.0, periodic=True)) for n in (2, 3)]
+    data = MolecularDataset.from_atoms(slabs)
+    expected = Collator(data, 5.0, torch.float64, nearest=limit)(np.array([1, 0]))
+    monkeypatch.setattr(graph, "LISTS_ON", ())
+    found = Collator(data, 5.0, torch.float64, nearest=limit)(np.array([1, 0]))
+    assert (found.cutoff, found.nearest) == (expected.cutoff, expected.nearest)
+    assert len(found.src) == len(expected.src)
+    for batch in (found, expected):
+        assert (torch.diff(batch.dst) >= 0).all()
+    lengths = [
+        [batch.vectors()[batch.dst == atom].norm(dim=-1).sort().values for atom in range(len(batch.z))]
+        for batch in (found, expected)
+    ]
+    for one, other in zip(*lengths, strict=True):
+        torch.testing.assert_close(one, other)

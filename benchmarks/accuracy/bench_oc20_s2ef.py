@@ -76,7 +76,9 @@ def table(record: dict[str, Any]) -> str:
             continue
         columns = {key: [run["test"][key] for run in found] for key in SHOWN}
         pairs = [run["test"]["forces_mae"] / base[run["seed"]] - 1 for run in found if run["seed"] in base]
-        difference = f"{100 * statistics.mean(pairs):+.1f} % ± {100 * _error(pairs):.1f} %" if name != "supervised" else ""
+        difference = (
+            f"{100 * statistics.mean(pairs):+.1f} % ± {100 * _error(pairs):.1f} %" if name != "supervised" else ""
+        )
         cells = [
             f"{1e3 * statistics.mean(columns['forces_mae']):.1f} ± {1e3 * _spread(columns['forces_mae']):.1f}",
             difference,
@@ -86,9 +88,7 @@ def table(record: dict[str, Any]) -> str:
         steps = round(statistics.mean(run["steps"] for run in found))
         lines.append(f"| {name} | {len(found)} | {steps:,} | {' | '.join(cells)} |")
     zero = record["constants"]
-    lines.append(
-        f"| zero forces, mean energy | | | {1e3 * zero['forces_mae']:.1f} | | 0 | {zero['energy_mae']:.2f} |"
-    )
+    lines.append(f"| zero forces, mean energy | | | {1e3 * zero['forces_mae']:.1f} | | 0 | {zero['energy_mae']:.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -31,7 +31,9 @@ train, train.card.theory
 # %%
 gap = train.targets["gap"]
 print(f"gap: {gap.mean():.2f} eV on average, standard deviation {gap.std():.2f} eV")
-print("references of U0 in eV:", {symbol: round(value, 1) for symbol, value in train.card.atom_references["U0"].items()})
+print(
+    "references of U0 in eV:", {symbol: round(value, 1) for symbol, value in train.card.atom_references["U0"].items()}
+)
 
 # %% [markdown]
 # ## Training
