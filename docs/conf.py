@@ -19,6 +19,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get
 os.environ.setdefault("DGLBACKEND", "pytorch")
 # Threads of one process wait for each other on a busy machine; networks this small are no slower with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tutorials run in a folder of their own.
+os.environ.setdefault("NDEM_ZOO_SHARED_DATA", str(ROOT.parent / "shared" / "data"))
+SHARED_DATA = Path(os.environ["NDEM_ZOO_SHARED_DATA"])
 
 from ndem_zoo._version import __version__
 
@@ -55,6 +58,8 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
+# Nobody downloads 344 MB to build a page.
+nb_execution_excludepatterns = [] if (SHARED_DATA / "oc20").is_dir() else ["tutorials/oc20.py"]
 
 # ------------------------------------------------------------------------------------------------- API from docstrings
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ndem_zoo import ConformerGraph, NDeMTorchMDNet, load_qm9
 
-part = Path(os.environ.get("NDEM_ZOO_SHARED_DATA", "../../../shared/data")) / "qm9" / "qm9_20k.npz"
+part = Path(os.environ.get("NDEM_ZOO_SHARED_DATA", ".")) / "qm9" / "qm9_20k.npz"
 data_dir = part if part.is_file() else None
 tasks, (train, valid, test), transformers = load_qm9("gap", data_dir=data_dir, n_train=4000, n_valid=200, n_test=1000)
 train, train.card.theory
