@@ -21,6 +21,9 @@ MAX_Z = 100
 KCAL_PER_MOL = units.kcal / units.mol
 BOLTZMANN = units.kB
 
+#: Structures whose compositions are compared at a time: their table takes 80 MB.
+_STRUCTURES_AT_ONCE = 100_000
+
 
 def safe_norm(vectors: Tensor, dim: int = -1, keepdim: bool = False) -> Tensor:
     """Euclidean norm along `dim`, with value and all derivatives 0 where the vector is 0.
@@ -68,6 +71,16 @@ def element_counts(z: Int[np.ndarray, " A"], ptr: Int[np.ndarray, " S1"]) -> np.
     return counts
 
 
+def _compositions(
+    counts: np.ndarray, energy: np.ndarray, number: np.ndarray | float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The different rows of `counts`, and for each the sums of `energy` and `number`."""
+    rows, inverse = np.unique(counts, axis=0, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    number = np.broadcast_to(number, len(inverse))
+    return rows, np.bincount(inverse, weights=energy), np.bincount(inverse, weights=number)
+
+
 def fit_reference_energies(z: np.ndarray, ptr: np.ndarray, energy: np.ndarray) -> Float[np.ndarray, " Z"]:
     """Energy per element that explains the total energies best, by least squares of minimal norm.
 
@@ -96,13 +109,18 @@ def fit_reference_energies(z: np.ndarray, ptr: np.ndarray, energy: np.ndarray) -
     if not np.isfinite(energy).all():
         index = int(np.flatnonzero(~np.isfinite(energy))[0])
         raise DataError(f"structure {index}: energy {energy[index]} eV is not finite")
-    counts = element_counts(z, ptr)
-    present = np.flatnonzero(counts.any(axis=0))
     # Structures of equal composition enter as one row: far smaller, and the same minimum when weighted by their number.
-    rows, inverse, number = np.unique(counts[:, present], axis=0, return_inverse=True, return_counts=True)
-    mean = np.bincount(inverse.reshape(-1), weights=energy) / number
-    weight = np.sqrt(number)
-    solution, *_ = np.linalg.lstsq(rows * weight[:, None], mean * weight, rcond=None)
+    blocks = [
+        _compositions(element_counts(z[ptr[i] : ptr[stop]], ptr[i : stop + 1] - ptr[i]), energy[i:stop], 1.0)
+        for i in range(0, max(1, len(energy)), _STRUCTURES_AT_ONCE)
+        for stop in [min(i + _STRUCTURES_AT_ONCE, len(energy))]
+    ]
+    rows, total, number = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    if len(blocks) > 1:
+        rows, total, number = _compositions(rows, total, number)
+    present = np.flatnonzero(rows.any(axis=0))
+    mean, weight = total / number, np.sqrt(number)
+    solution, *_ = np.linalg.lstsq(rows[:, present] * weight[:, None], mean * weight, rcond=None)
     reference = np.zeros(MAX_Z + 1)
     reference[present] = solution
     return reference

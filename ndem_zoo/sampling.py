@@ -219,7 +219,9 @@ class Collator:
         device: torch.device | str = "cpu",
         with_targets: bool = True,
     ) -> None:
-        self.dataset, self.cutoff, self.dtype, self.device = dataset, cutoff, dtype, torch.device(device)
+        self.cutoff, self.dtype, self.device = cutoff, dtype, torch.device(device)
+        dataset, self._chosen = dataset.origin()  # where the rows are, and which of its structures are meant
+        self.dataset = dataset
         self._size = _common_size(dataset)  # 0: batches have nothing in common
         self._pos = self._column(dataset.pos, True)
         columns = {"targets": dataset.targets if with_targets else {}, "extras": dataset.extras}
@@ -232,6 +234,8 @@ class Collator:
     def __call__(self, indices: Int[np.ndarray, " B"]) -> Batch:
         """The structures `indices` as one batch, in this order; it is not waited for the copy to a GPU."""
         indices = np.asarray(indices, dtype=np.int64)
+        if self._chosen is not None:
+            indices = self._chosen[indices]
         known = self._known.get(len(indices))
         if known is not None:
             structures = torch.from_numpy(indices)

@@ -673,12 +673,9 @@ def _plain_number(value: Any) -> Any:
 def _content_hash(dataset: MolecularDataset) -> str:
     """Hash of ids, structures and labels; of long columns, of evenly spaced rows."""
     digest = hashlib.sha256(dataset.split_hash.encode())
-    names = ("ptr", "z", "pos", "cell", "pbc", "fixed")
-    for name, column in {**{name: getattr(dataset, name) for name in names}, **dataset.targets}.items():
-        if column is not None:
-            rows = column[:: max(1, len(column) // HASHED_ROWS)]
-            digest.update(f"{name} {column.shape}".encode())
-            digest.update(np.ascontiguousarray(rows, dtype=np.float64))
+    for name, shape, rows in dataset.spaced_rows(HASHED_ROWS):
+        digest.update(f"{name} {shape}".encode())
+        digest.update(np.ascontiguousarray(rows, dtype=np.float64))
     return digest.hexdigest()
 
 

@@ -213,3 +213,14 @@ def test_energies_in_single_precision_are_rounded_in_the_network_only():
     exact = physics.element_counts(*columns_of(["CCOHHHHHH", "OHH"])) @ references()
     # Rounded to float32, these energies would be off by 1e-4 eV.
     np.testing.assert_allclose((energy - network).detach().numpy(), exact, rtol=0, atol=1e-11)
+
+
+def test_reference_energies_block_by_block(monkeypatch):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 6, 50)
+    z, ptr, energy = rng.choice([1, 6, 8], counts.sum()), np.concatenate([[0], np.cumsum(counts)]), rng.normal(size=50)
+    whole = physics.fit_reference_energies(z, ptr, energy)
+    table = np.stack([np.add.reduceat(z == number, ptr[:-1]) for number in (1, 6, 8)], axis=1)
+    np.testing.assert_allclose(whole[[1, 6, 8]], np.linalg.lstsq(table, energy, rcond=None)[0], atol=1e-12)
+    monkeypatch.setattr(physics, "_STRUCTURES_AT_ONCE", 7)
+    np.testing.assert_allclose(physics.fit_reference_energies(z, ptr, energy), whole, atol=1e-12)

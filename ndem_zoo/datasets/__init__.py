@@ -1,7 +1,7 @@
 """Datasets: loaders that read raw files into `MolecularDataset`, in eV and Å with float64 labels.
 
-`base.py` holds the dataset, `files.py` downloads and checksums, `checks.py` what must stop a training, `summary.py`
-diagnostics; the loaders are one file each. Names are loaded when they are first used.
+`base.py` holds the dataset, `store.py` keeps it on disk, `files.py` downloads and checksums, `checks.py` what must stop
+a training, `summary.py` diagnostics; the loaders are one file each. Names are loaded when they are first used.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ if TYPE_CHECKING:
     from ndem_zoo.datasets.files import DatasetCard, RemoteFile, fetch
     from ndem_zoo.datasets.md17 import load_md17, read_md17
     from ndem_zoo.datasets.sample import load_sample, read_sample
+    from ndem_zoo.datasets.store import StoreWriter, is_store, open_store
     from ndem_zoo.datasets.summary import Summary, virial_temperature
 
 _HOME = {
     "DatasetCard": "files",
     "MolecularDataset": "base",
     "RemoteFile": "files",
+    "StoreWriter": "store",
     "Summary": "summary",
     "as_dataset": "base",
     "check_structures": "checks",
     "check_targets": "checks",
     "fetch": "files",
+    "is_store": "store",
     "load_extxyz": "extxyz",
     "load_md17": "md17",
     "load_sample": "sample",
+    "open_store": "store",
     "read_extxyz": "extxyz",
     "read_md17": "md17",
     "read_sample": "sample",
@@ -42,14 +46,17 @@ __all__ = [
     "DatasetCard",
     "MolecularDataset",
     "RemoteFile",
+    "StoreWriter",
     "Summary",
     "as_dataset",
     "check_structures",
     "check_targets",
     "fetch",
+    "is_store",
     "load_extxyz",
     "load_md17",
     "load_sample",
+    "open_store",
     "read_extxyz",
     "read_md17",
     "read_sample",

@@ -8,6 +8,7 @@ converted in the loaders, files are handled in `files.py`, diagnostics in `summa
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 #: Targets with one row per structure. A name that is neither here nor in `PER_ATOM` is told by its number of rows.
 PER_STRUCTURE = frozenset("energy dipole stress charge spin A B C mu alpha homo lumo gap r2 zpve U0 U H G Cv".split())
+
+#: Ids that are joined to one string at a time, for a hash.
+_HASHED_AT_ONCE = 100_000
 
 _ALLOWED = (
     "a MolecularDataset, a DeepChem dataset whose X holds DGLGraphs, a DGLGraph (single or batched), a list of DGLGraphs, "
@@ -63,6 +67,11 @@ class MolecularDataset:
         For reports.
     featurizer
         Makes the graphs that ``dataset[i]`` returns; default ``RadiusGraph(cutoff=5.0)``.
+    per_atom : mapping of str to bool, optional
+        Whether a target or extra column has one row per atom, where neither its name nor its length tells.
+    checked
+        True: `checks.check_structures` has passed these very columns, and all targets are finite; nothing looks at all
+        structures again before a training.
 
     Raises
     ------
@@ -89,6 +98,8 @@ class MolecularDataset:
         card: DatasetCard | None = None,
         name: str = "",
         featurizer: Featurizer | None = None,
+        per_atom: Mapping[str, bool] | None = None,
+        checked: bool = False,
     ) -> None:
         z, ptr = np.asanyarray(z), np.asarray(ptr, dtype=np.int64)
         _check_rows(z, ptr)
@@ -100,10 +111,13 @@ class MolecularDataset:
         self.fixed = None if fixed is None else _column("fixed", fixed, (n_atoms,), bool)
         self.ids = _column("ids", np.arange(n) if ids is None else ids, (n,), str)
         columns = {**(targets or {}), **(extras or {})}
-        self.per_atom = frozenset(key for key, value in columns.items() if _is_per_atom(key, value, n, n_atoms))
+        known = per_atom or {}
+        self.per_atom = frozenset(
+            key for key, value in columns.items() if _is_per_atom(key, value, n, n_atoms, known.get(key))
+        )
         self.targets = {key: self._rows(key, value, np.float64) for key, value in (targets or {}).items()}
         self.extras = {key: self._rows(key, value, None) for key, value in (extras or {}).items()}
-        self.card, self.name = card, name
+        self.card, self.name, self.checked = card, name, checked
         self._featurizer = featurizer
         self._graphs: np.ndarray | None = None
 
@@ -235,6 +249,8 @@ class MolecularDataset:
             joined["fixed"] = np.concatenate(
                 [np.zeros(len(d.z), bool) if d.fixed is None else d.fixed for d in datasets]
             )
+        joined["per_atom"] = {name: name in first.per_atom for name in (*first.targets, *first.extras)}
+        joined["checked"] = all(d.checked for d in datasets)
         return cls(**joined, card=first.card, name=first.name, featurizer=first._featurizer)
 
     # ---------------------------------------------------------------------------------------------------- size and shape
@@ -265,7 +281,41 @@ class MolecularDataset:
     @property
     def split_hash(self) -> str:
         """SHA-256 over the ids in order: equal for the same structures in the same order, on every machine."""
-        return hashlib.sha256("\n".join(self.ids.tolist()).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for start in range(0, len(self), _HASHED_AT_ONCE):
+            rows = self._rows_of("ids", slice(start, start + _HASHED_AT_ONCE))
+            digest.update(("\n" if start else "").encode() + "\n".join(rows.tolist()).encode())
+        return digest.hexdigest()
+
+    def _rows_of(self, name: str, rows: Any) -> np.ndarray:
+        """Some rows of the column of this name."""
+        return (self.targets[name] if name in self.targets else getattr(self, name))[rows]
+
+    def spaced_rows(self, most: int) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+        """Evenly spaced rows of every column but `ids` and `extras`, about `most` of each, to tell datasets apart.
+
+        Yields
+        ------
+        name, shape, rows
+            Name and shape of the whole column, and the rows.
+        """
+        for name in ("ptr", "z", "pos", "cell", "pbc", "fixed", *self.targets):
+            shape = self._shape_of(name)
+            if shape is not None:
+                yield name, shape, self._rows_of(name, slice(None, None, max(1, shape[0] // most)))
+
+    def _shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a column; None if the dataset has none."""
+        column = self.targets[name] if name in self.targets else getattr(self, name)
+        return None if column is None else column.shape
+
+    def origin(self) -> tuple[MolecularDataset, np.ndarray | None]:
+        """The dataset whose columns hold these structures, and their numbers in it; None: all of them, in order.
+
+        A selection from a store on disk (`store.py`) has no columns of its own until somebody asks for them; whoever
+        gathers batches takes them from here.
+        """
+        return self, None
 
     def columns(self) -> dict[str, Any]:
         """The columns as keyword arguments of the constructor."""
@@ -503,6 +553,25 @@ class MolecularDataset:
         data = require("deepchem.data", extra="deepchem")
         return data.NumpyDataset(X=np.array(self.X), y=self.y, w=self.w, ids=np.array(self.ids, dtype=object))
 
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write a store: a folder of flat ``.npy`` columns that `open_store` maps into memory, in no time.
+
+        Parameters
+        ----------
+        folder
+            A new or empty folder.
+
+        Raises
+        ------
+        DataError
+            If a structure or a label cannot be used; names it.
+        FileExistsError
+            If there is something in the folder.
+        """
+        from ndem_zoo.datasets.store import save_store
+
+        save_store(self, folder)
+
     def summary(self) -> Summary:
         """Diagnostics of the data: print it for a table of units, ranges, duplicates, net forces, temperature."""
         from ndem_zoo.datasets.summary import summarize
@@ -668,16 +737,18 @@ def _cells(cell: Any, pbc: Any, n: int) -> tuple[np.ndarray | None, np.ndarray |
     return _column("cell", cell, (n, 3, 3), np.float64), _column("pbc", flags, (n, 3), bool)
 
 
-def _is_per_atom(name: str, values: Any, n: int, n_atoms: int) -> bool:
-    """Whether a column has one row per atom; by its name, else by its length."""
+def _is_per_atom(name: str, values: Any, n: int, n_atoms: int, known: bool | None = None) -> bool:
+    """Whether a column has one row per atom: as is known, else by its name, else by its length."""
     shape = np.shape(values)
     rows = shape[0] if shape else None
-    if name in PER_ATOM or name in PER_STRUCTURE:
-        needed = n_atoms if name in PER_ATOM else n
+    if known is None and (name in PER_ATOM or name in PER_STRUCTURE):
+        known = name in PER_ATOM
+    if known is not None:
+        needed = n_atoms if known else n
         if rows != needed:
-            kind = "atom" if name in PER_ATOM else "structure"
+            kind = "atom" if known else "structure"
             raise DataError(f"{name} has shape {shape}; it needs one row per {kind}, {needed}")
-        return name in PER_ATOM
+        return known
     if rows not in (n, n_atoms):
         raise DataError(f"{name} has shape {shape}; it needs {n} rows (one per structure) or {n_atoms} (one per atom)")
     if n == n_atoms and n > 0:

@@ -1,6 +1,7 @@
 """What training must not start with: impossible structures, missing or broken labels, labels in another unit.
 
-Called once before the first step, for whole datasets, without a loop over structures (periodic cells excepted). Each
+Called once before the first step, for whole datasets, without a loop over structures (periodic cells excepted) and block
+by block, so that large datasets stay on the disk; a store on disk that was checked when it was written is believed. Each
 error names the structure, the value and what is allowed. Whether frames are duplicates or out of equilibrium is not an
 error: see `summary.py`.
 """
@@ -8,7 +9,7 @@ error: see `summary.py`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +31,9 @@ IMPOSSIBLE_FORCE = 1e3
 #: as long.
 _SEARCH_RADIUS = 2.0
 
+#: Choice: atoms that are looked at together; their positions take 48 MB.
+BLOCK_ATOMS = 2_000_000
+
 #: A direction that no lattice is aligned with, to sort atoms along.
 _DIRECTION = np.array([0.5257311121191336, 0.6180339887498949, 0.5844443852190474])
 
@@ -43,20 +47,31 @@ def check_structures(dataset: MolecularDataset) -> None:
     Parameters
     ----------
     dataset
-        Any number of structures.
+        Any number of structures; nothing is done if it was checked already (`MolecularDataset.checked`).
 
     Raises
     ------
     DataError
         Names the structure, the value found and what is allowed.
     """
-    _check_counts(dataset)
-    if len(dataset) == 0:
+    if dataset.checked or len(dataset) == 0:
         return
-    _check_positions(dataset)
-    _check_elements(dataset)
-    _check_cells(dataset)
-    _check_overlap(dataset)
+    for check in (_check_counts, _check_positions, _check_elements, _check_cells, _check_overlap):
+        for first, block in blocks(dataset):
+            check(block, first)
+
+
+def blocks(dataset: MolecularDataset) -> Iterator[tuple[int, MolecularDataset]]:
+    """The dataset in pieces of about `BLOCK_ATOMS` atoms: number of the first structure, and the piece."""
+    if dataset.ptr[-1] <= BLOCK_ATOMS:
+        yield 0, dataset
+        return
+    start = 0
+    while start < len(dataset):
+        stop = int(np.searchsorted(dataset.ptr, dataset.ptr[start] + BLOCK_ATOMS, side="right")) - 1
+        stop = max(stop, start + 1)
+        yield start, dataset.select(slice(start, stop))
+        start = stop
 
 
 def check_targets(dataset: MolecularDataset, requires: Iterable[str]) -> None:
@@ -79,21 +94,22 @@ def check_targets(dataset: MolecularDataset, requires: Iterable[str]) -> None:
     UnitsWarning
         If the mean force is above 10 eV/Å, as it is in kcal/mol/Å.
     """
-    columns = {**dataset.extras, **dataset.targets}
+    columns = {*dataset.extras, *dataset.targets}
     for name in sorted(requires):
         if name not in columns:
             has = ", ".join(sorted(columns)) or "no labels"
             raise DataError(f"{name} is needed, but structure 0 and all others lack it; the dataset has {has}")
-        _check_finite(dataset, name, columns[name])
+        if not (dataset.checked and name in dataset.targets):
+            for first, block in blocks(dataset):
+                _check_finite(block, name, first)
     if "forces" in requires:
-        check_force_units(dataset.targets["forces"])
+        check_force_units(dataset)
 
 
-def check_force_units(forces: np.ndarray) -> None:
-    """Warn, or raise DataError, when the mean length of `forces` (A, 3) is too large for eV/Å."""
-    if len(forces) == 0:
-        return
-    mean = float(np.linalg.norm(forces, axis=1).mean())
+def check_force_units(dataset: MolecularDataset) -> None:
+    """Warn, or raise DataError, when the mean length of the forces is too large for eV/Å."""
+    sums = [float(np.linalg.norm(block.targets["forces"], axis=1).sum()) for _, block in blocks(dataset)]
+    mean = sum(sums) / max(1, int(dataset.ptr[-1]))
     hint = "1 kcal/mol/Å = 0.04336 eV/Å, 1 Hartree/Bohr = 51.42 eV/Å; convert with ase.units"
     if mean > IMPOSSIBLE_FORCE:
         raise DataError(f"the mean |F| is {mean:.4g} eV/Å; allowed is up to {IMPOSSIBLE_FORCE:g}. Not eV/Å? {hint}")
@@ -111,40 +127,42 @@ def _structure_of(dataset: MolecularDataset, atom: int) -> tuple[int, int]:
     return index, int(atom - dataset.ptr[index])
 
 
-def _check_counts(dataset: MolecularDataset) -> None:
+def _check_counts(dataset: MolecularDataset, first: int) -> None:
     empty = np.flatnonzero(dataset.counts == 0)
     if len(empty):
-        raise DataError(f"structure {empty[0]}: it has no atoms; allowed is one or more")
+        raise DataError(f"structure {first + empty[0]}: it has no atoms; allowed is one or more")
 
 
-def _check_positions(dataset: MolecularDataset) -> None:
+def _check_positions(dataset: MolecularDataset, first: int) -> None:
     bad = np.flatnonzero(~np.isfinite(dataset.pos).all(axis=1))
     if len(bad):
         index, atom = _structure_of(dataset, bad[0])
         raise DataError(
-            f"structure {index}: position of atom {atom} is {dataset.pos[bad[0]]}; allowed are finite numbers in Å"
+            f"structure {first + index}: position of atom {atom} is {dataset.pos[bad[0]]}; allowed are finite numbers in Å"
         )
 
 
-def _check_elements(dataset: MolecularDataset) -> None:
+def _check_elements(dataset: MolecularDataset, first: int) -> None:
     z = np.asarray(dataset.z)
     bad = np.flatnonzero((z < 1) | (z > MAX_Z))
     if len(bad):
         index, atom = _structure_of(dataset, bad[0])
-        raise DataError(f"structure {index}: atom {atom} has atomic number {z[bad[0]]}; allowed are 1 to {MAX_Z}")
+        number = z[bad[0]]
+        raise DataError(f"structure {first + index}: atom {atom} has atomic number {number}; allowed are 1 to {MAX_Z}")
 
 
-def _check_cells(dataset: MolecularDataset) -> None:
+def _check_cells(dataset: MolecularDataset, first: int) -> None:
     if dataset.pbc is None:
         return
     for index in np.flatnonzero(dataset.pbc.any(axis=1)):
         try:
             check_cell(dataset.cell[index], dataset.pbc[index])
         except DataError as error:
-            raise DataError(f"structure {index}: {error}") from error
+            raise DataError(f"structure {first + index}: {error}") from error
 
 
-def _check_finite(dataset: MolecularDataset, name: str, values: np.ndarray) -> None:
+def _check_finite(dataset: MolecularDataset, name: str, first: int = 0) -> None:
+    values = dataset.targets[name] if name in dataset.targets else dataset.extras[name]
     bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
     if not len(bad):
         return
@@ -154,18 +172,18 @@ def _check_finite(dataset: MolecularDataset, name: str, values: np.ndarray) -> N
         index, atom = _structure_of(dataset, row)
         where = f" of atom {atom}"
     raise DataError(
-        f"structure {index}: {name}{where} is {values[row]}; allowed are finite numbers ({len(bad)} rows are not)"
+        f"structure {first + index}: {name}{where} is {values[row]}; allowed are finite numbers ({len(bad)} rows are not)"
     )
 
 
-def _check_overlap(dataset: MolecularDataset) -> None:
+def _check_overlap(dataset: MolecularDataset, first: int) -> None:
     """Raise DataError for atoms of one structure, or their images, that are closer than 0.1 Å."""
     pairs = close_pairs(dataset.pos, np.repeat(np.arange(len(dataset)), dataset.counts), MIN_DISTANCE)
     if len(pairs):
-        first, second = pairs[0]
-        index, a = _structure_of(dataset, first)
-        distance = np.linalg.norm(dataset.pos[second] - dataset.pos[first])
-        _check_pair(index, a, int(second - dataset.ptr[index]), distance)
+        one, second = pairs[0]
+        index, a = _structure_of(dataset, one)
+        distance = np.linalg.norm(dataset.pos[second] - dataset.pos[one])
+        _check_pair(first + index, a, int(second - dataset.ptr[index]), distance)
     if dataset.pbc is None:
         return
     for index in np.flatnonzero(dataset.pbc.any(axis=1)):
@@ -174,7 +192,7 @@ def _check_overlap(dataset: MolecularDataset) -> None:
         if len(src):
             distance = np.linalg.norm(pos[src] + shift - pos[dst], axis=1)
             nearest = distance.argmin()
-            _check_pair(int(index), int(dst[nearest]), int(src[nearest]), distance[nearest])
+            _check_pair(first + int(index), int(dst[nearest]), int(src[nearest]), distance[nearest])
 
 
 def _check_pair(index: int, first: int, second: int, distance: float) -> None:
