@@ -602,9 +602,17 @@ class StoredDataset(MolecularDataset):
 
     Made by `open_store`. It is used as any other `MolecularDataset`; only selections behave differently: they are
     `StoredSelection`.
+
+    Attributes
+    ----------
+    folder
+        Where it is.
+    settings
+        What it was made with; see `StoreWriter`.
     """
 
     folder: Path
+    settings: dict[str, Any]
 
     @classmethod
     def _opened(
@@ -630,7 +638,7 @@ class StoredDataset(MolecularDataset):
             )
         except (DataError, TypeError, KeyError) as error:
             raise FileFormatError(f"{folder} is damaged: {error}") from error
-        new.folder = folder
+        new.folder, new.settings = folder, dict(record.get("settings") or {})
         return new
 
     def select(self, indices: Any) -> MolecularDataset:
