@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
     from ndem_zoo.datasets.extxyz import load_extxyz
     from ndem_zoo.datasets.md17 import load_md17
+    from ndem_zoo.datasets.oc20 import load_oc20
     from ndem_zoo.datasets.sample import load_sample
+    from ndem_zoo.datasets.store import open_store
     from ndem_zoo.ensemble import Ensemble
     from ndem_zoo.featurizers.radius import RadiusGraph
     from ndem_zoo.models.estimator import NDeMModel
@@ -31,7 +33,9 @@ _HOME = {
     "TorchMDNet": "models.torchmd_net",
     "load_extxyz": "datasets.extxyz",
     "load_md17": "datasets.md17",
+    "load_oc20": "datasets.oc20",
     "load_sample": "datasets.sample",
+    "open_store": "datasets.store",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -28,6 +28,8 @@ DATASETS: dict[str, str] = {
     "md17": "ndem_zoo.datasets.md17:load_md17",
     "extxyz": "ndem_zoo.datasets.extxyz:load_extxyz",
     "sample": "ndem_zoo.datasets.sample:load_sample",
+    "oc20": "ndem_zoo.datasets.oc20:load_oc20",
+    "store": "ndem_zoo.datasets.store:load_store",
 }
 
 

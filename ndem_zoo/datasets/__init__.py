@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from ndem_zoo.datasets.extxyz import load_extxyz, read_extxyz, write_extxyz
     from ndem_zoo.datasets.files import DatasetCard, RemoteFile, fetch
     from ndem_zoo.datasets.md17 import load_md17, read_md17
+    from ndem_zoo.datasets.oc20 import convert_oc20, linear_reference, load_oc20, read_oc20, split_by_system
     from ndem_zoo.datasets.sample import load_sample, read_sample
-    from ndem_zoo.datasets.store import StoreWriter, is_store, open_store
+    from ndem_zoo.datasets.store import StoreWriter, is_store, load_store, open_store
     from ndem_zoo.datasets.summary import Summary, virial_temperature
 
 _HOME = {
@@ -28,15 +29,21 @@ _HOME = {
     "as_dataset": "base",
     "check_structures": "checks",
     "check_targets": "checks",
+    "convert_oc20": "oc20",
     "fetch": "files",
     "is_store": "store",
+    "linear_reference": "oc20",
     "load_extxyz": "extxyz",
     "load_md17": "md17",
+    "load_oc20": "oc20",
     "load_sample": "sample",
+    "load_store": "store",
     "open_store": "store",
     "read_extxyz": "extxyz",
     "read_md17": "md17",
+    "read_oc20": "oc20",
     "read_sample": "sample",
+    "split_by_system": "oc20",
     "split_indices": "base",
     "virial_temperature": "summary",
     "write_extxyz": "extxyz",
@@ -51,15 +58,21 @@ __all__ = [
     "as_dataset",
     "check_structures",
     "check_targets",
+    "convert_oc20",
     "fetch",
     "is_store",
+    "linear_reference",
     "load_extxyz",
     "load_md17",
+    "load_oc20",
     "load_sample",
+    "load_store",
     "open_store",
     "read_extxyz",
     "read_md17",
+    "read_oc20",
     "read_sample",
+    "split_by_system",
     "split_indices",
     "virial_temperature",
     "write_extxyz",

@@ -558,6 +558,20 @@ class Source:
         return self.path.stat().st_size
 
 
+def is_oc20(path: str | os.PathLike) -> bool:
+    """Whether a path is to be read by `convert_oc20`: a folder that is no store, an archive, an LMDB file, or text with a log.
+
+    Any other extended XYZ file is read by `read_extxyz`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return not is_store(path)
+    if not path.is_file() or path.suffix == ".tar":
+        return path.is_file()
+    is_logged = _kind(path) == "text" and _text_source(path, path.name).log is not None
+    return is_logged or _kind(path) in ("pyg", "ase")
+
+
 def find_sources(path: str | os.PathLike) -> list[Source]:
     """All that can be read at a path: a file, an archive, or a folder; in the order of their numbers.
 
