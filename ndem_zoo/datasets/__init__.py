@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ndem_zoo.datasets.files import DatasetCard, RemoteFile, fetch
     from ndem_zoo.datasets.md17 import load_md17, read_md17
     from ndem_zoo.datasets.oc20 import convert_oc20, linear_reference, load_oc20, read_oc20, split_by_system
+    from ndem_zoo.datasets.oc20_submission import write_submission
     from ndem_zoo.datasets.sample import load_sample, read_sample
     from ndem_zoo.datasets.store import StoreWriter, is_store, load_store, open_store
     from ndem_zoo.datasets.summary import Summary, virial_temperature
@@ -47,6 +48,7 @@ _HOME = {
     "split_indices": "base",
     "virial_temperature": "summary",
     "write_extxyz": "extxyz",
+    "write_submission": "oc20_submission",
 }
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "split_indices",
     "virial_temperature",
     "write_extxyz",
+    "write_submission",
 ]
 
 

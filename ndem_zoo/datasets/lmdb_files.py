@@ -280,7 +280,7 @@ def _array(name: str, field: dict[str, Any]) -> np.ndarray:
     if not (isinstance(parts, list) and len(parts) == 3 and isinstance(parts[0], list) and isinstance(parts[2], list)):
         raise FileFormatError(f"has a field {name[:40]!r} that is no [shape, dtype, numbers]")
     shape, dtype, flat = parts
-    if dtype not in _ARRAY_TYPES:
+    if not isinstance(dtype, str) or dtype not in _ARRAY_TYPES:
         raise FileFormatError(f"has a field {name[:40]!r} of dtype {str(dtype)[:40]!r}; allowed are plain numbers")
     if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) != len(flat):
         raise FileFormatError(f"has a field {name[:40]!r} of shape {str(shape)[:60]} with {len(flat)} numbers")

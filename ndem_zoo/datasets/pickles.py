@@ -369,10 +369,10 @@ class _Machine:
         """The next `size` bytes as an integer."""
         return int.from_bytes(self.take(size), "little", signed=signed)
 
-    def line(self) -> str:
+    def line(self, encoding: str = "utf-8") -> str:
         """Text up to the end of the line."""
-        end = self.data.index(b"\n", self.position, self.position + 300)
-        text = self.data[self.position : end].decode("utf-8")
+        end = self.data.index(b"\n", self.position)
+        text = self.data[self.position : end].decode(encoding)
         self.position = end + 1
         return text
 
@@ -552,7 +552,7 @@ _ACTIONS: dict[int, Callable[[_Machine], None]] = {
     ord("G"): _push(lambda m: struct.unpack(">d", m.take(8))[0]),
     ord("U"): _push(lambda m: m.take(m.number(1)).decode("latin1")),
     ord("T"): _push(lambda m: m.take(m.number(4)).decode("latin1")),
-    ord("V"): _push(_Machine.line),
+    ord("V"): _push(lambda m: m.line("raw-unicode-escape")),
     ord("X"): _push(lambda m: m.text(m.number(4))),
     0x8C: _push(lambda m: m.text(m.number(1))),
     0x8D: _push(lambda m: m.text(m.number(8))),
