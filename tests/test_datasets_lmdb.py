@@ -278,9 +278,7 @@ def test_nothing_is_executed(tmp_path, attack):
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize(
-    "attack", ["os.system", "eval", "exec", "exec through getattr", "subprocess", "INST", "OBJ"]
-)
+@pytest.mark.parametrize("attack", ["os.system", "eval", "exec", "exec through getattr", "subprocess", "INST", "OBJ"])
 def test_the_attacks_are_real(tmp_path, attack):
     """Else the test above would prove nothing."""
     canary = tmp_path / "canary"
