@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
     from ndem_zoo.datasets.extxyz import load_extxyz
     from ndem_zoo.datasets.md17 import load_md17
+    from ndem_zoo.datasets.oc20 import load_oc20
     from ndem_zoo.datasets.pcqm4mv2 import load_pcqm4mv2
     from ndem_zoo.datasets.qm9 import load_qm9
     from ndem_zoo.datasets.sample import load_sample
+    from ndem_zoo.datasets.store import open_store
     from ndem_zoo.ensemble import Ensemble
     from ndem_zoo.featurizers.conformer import ConformerGraph
     from ndem_zoo.featurizers.radius import RadiusGraph
@@ -35,9 +37,11 @@ _HOME = {
     "TorchMDNet": "models.torchmd_net",
     "load_extxyz": "datasets.extxyz",
     "load_md17": "datasets.md17",
+    "load_oc20": "datasets.oc20",
     "load_pcqm4mv2": "datasets.pcqm4mv2",
     "load_qm9": "datasets.qm9",
     "load_sample": "datasets.sample",
+    "open_store": "datasets.store",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

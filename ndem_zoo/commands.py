@@ -58,12 +58,16 @@ def _duration(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is no duration; write seconds, or 15m, 2h, 1d") from None
 
 
-_SOURCES = f"FILE.extxyz, md17:ethanol, rmd17:aspirin, sample:ethanol ({', '.join(registry.DATASETS)})"
+_SOURCES = (
+    f"FILE.extxyz, folder of a store, md17:ethanol, rmd17:aspirin, sample:ethanol ({', '.join(registry.DATASETS)})"
+)
 
 Data = Annotated[str, typer.Option("--data", help=f"Data: {_SOURCES}.", metavar="SOURCE")]
 ModelFolder = Annotated[Path, typer.Option("--model", help="Folder of a run, or of a saved model.", metavar="DIR")]
 Device = Annotated[str | None, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:0, ...")]
-DataDir = Annotated[Path | None, typer.Option(help="Folder with (or for) the files of md17 and rmd17.", metavar="DIR")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with (or for) the files of md17, rmd17 and oc20.", metavar="DIR")
+]
 NoDownload = Annotated[bool, typer.Option("--no-download", help="Never touch the network.")]
 EnergyKey = Annotated[str | None, typer.Option(help="Name of the energies in an extxyz file.", metavar="NAME")]
 ForcesKey = Annotated[str | None, typer.Option(help="Name of the forces in an extxyz file.", metavar="NAME")]
@@ -171,6 +175,48 @@ def train(
     if training["interrupted"]:
         print(f"ndem-zoo: interrupted; {out} holds the best model so far, --resume continues", file=sys.stderr)
         raise typer.Exit(130)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help=f"OC20 files (folder, .tar, .lmdb, .aselmdb), or {_SOURCES}.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the store: new, or of an interrupted conversion.")],
+    workers: Annotated[int, typer.Option(help="Processes that read (OC20 files only).")] = 1,
+    task: Annotated[str | None, typer.Option(help="s2ef (default) or is2re, of OC20 files.")] = None,
+    energy: Annotated[str, typer.Option(help="adsorption or total, of OC20 files.")] = "adsorption",
+    stored: Annotated[
+        str | None, typer.Option(help="What OC20 files hold, if not what is usual: adsorption or total.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Reference energies for OC20 files that lack them.", metavar="oc20_ref.pkl")
+    ] = None,
+    data_dir: DataDir = None,
+    no_download: NoDownload = False,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Convert data into a store: a folder that opens at once, however large, and that --data takes.
+
+    A conversion that was interrupted goes on where it was when the command is repeated.
+    """
+    from ndem_zoo import runs
+
+    def report(done: int, total: int, structures: int) -> None:
+        print(f"{done} of {total} sources, {structures:,} structures", file=sys.stderr, flush=True)
+
+    store = runs.convert_run(
+        source,
+        out,
+        runs.Reading(data_dir, not no_download, energy_key, forces_key),
+        task=task,
+        energy=energy,
+        stored=stored,
+        reference=reference,
+        workers=workers,
+        report=None if quiet else report,
+    )
+    print(f"{len(store):,} structures, {len(store.z):,} atoms, targets {', '.join(store.tasks)}, in {out}")
 
 
 @app.command()

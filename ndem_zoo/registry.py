@@ -31,6 +31,8 @@ DATASETS: dict[str, str] = {
     "pcqm4mv2": "ndem_zoo.datasets.pcqm4mv2:load_pcqm4mv2",
     "extxyz": "ndem_zoo.datasets.extxyz:load_extxyz",
     "sample": "ndem_zoo.datasets.sample:load_sample",
+    "oc20": "ndem_zoo.datasets.oc20:load_oc20",
+    "store": "ndem_zoo.datasets.store:load_store",
 }
 
 

@@ -14,7 +14,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +120,7 @@ def open_splits(
     ----------
     source
         ``"md17:ethanol"``, ``"rmd17:aspirin"``, ``"sample:ethanol"``, or any other ``NAME:ARGUMENT`` with a loader in
-        `registry.DATASETS`; or the path of an extended XYZ file.
+        `registry.DATASETS`; or the path of an extended XYZ file, or of the folder of a store.
     valid_source
         Another source, all of which is for validation; then all of `source` is for training unless `n_train` is given.
     reading
@@ -186,8 +186,53 @@ def _loader_of(source: str) -> tuple[str, str, dict[str, Any]]:
         return prefix, argument, {}
     if colon and not os.path.exists(source) and os.sep not in prefix and "." not in prefix:
         known = ", ".join(sorted([*registry.DATASETS, *_SHORTHANDS]))
-        raise ConfigError(f"there is no kind of data {prefix!r} (in {source!r}); there are {known}, and files")
-    return "extxyz", source, {}
+        raise ConfigError(f"there is no kind of data {prefix!r} (in {source!r}); there are {known}, files and stores")
+    return "store" if os.path.isdir(source) else "extxyz", source, {}
+
+
+def convert_run(
+    source: str,
+    out: str | os.PathLike,
+    reading: Reading = AS_IT_IS,
+    *,
+    task: str | None = None,
+    energy: str = "adsorption",
+    stored: str | None = None,
+    reference: str | os.PathLike | None = None,
+    workers: int = 1,
+    report: Callable[[int, int, int], None] | None = None,
+) -> MolecularDataset:
+    """Write the structures of a source as a store, from which training reads; an interrupted conversion is resumed.
+
+    Parameters
+    ----------
+    source
+        Files in one of OC20's formats (a folder, an archive, or a file; see `convert_oc20`), or any other source; see
+        `open_splits`.
+    out
+        Folder of the store.
+    reading
+        Where files are, and how they are read; not for OC20.
+    task
+        ``"s2ef"`` (default) or ``"is2re"``, for files in OC20's formats.
+    energy, stored, reference, workers, report
+        See `convert_oc20`.
+
+    Returns
+    -------
+    store : MolecularDataset
+        The store, opened.
+    """
+    from ndem_zoo.datasets.oc20 import convert_oc20, is_oc20
+    from ndem_zoo.datasets.store import open_store
+
+    if is_oc20(source):
+        options = {"energy": energy, "stored": stored, "reference": reference, "workers": workers, "report": report}
+        return convert_oc20(source, out, task or "s2ef", **options)
+    if task is not None or stored is not None or reference is not None:
+        raise ConfigError(f"{source!r} is not in one of OC20's formats; task, stored and reference are for those")
+    open_whole(source, reading).save(out)
+    return open_store(out)
 
 
 def file_of(source: str) -> str | None:
@@ -374,7 +419,9 @@ def train_run(
     predictions = {name: predict_columns_of(model, part) for name, part in splits.parts().items() if name != "train"}
     for name, predicted in predictions.items():
         part = splits.parts()[name]
-        record[name] = {"n_structures": len(part)} | error_metrics(predicted, part.targets, part.z, part.ptr)
+        record[name] = {"n_structures": len(part)} | error_metrics(
+            predicted, part.targets, part.z, part.ptr, part.fixed
+        )
     record["units"] = units_of(record.get("valid", {}), record.get("test", {}))
     files.save_json(out / "metrics.json", record)
     write_plots(model, splits, predictions, out)

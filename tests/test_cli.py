@@ -18,7 +18,7 @@ pytest.importorskip("typer")
 
 from ndem_zoo import NDeMTorchMDNet, cli, plots, runs
 from ndem_zoo.datasets import write_extxyz
-from ndem_zoo.errors import ConfigError
+from ndem_zoo.errors import ConfigError, DataWarning
 from ndem_zoo.history import read_history
 
 TINY = "--preset md17_fast --set hidden_channels=8 --set num_layers=1 --set num_heads=2 --set num_rbf=8".split()
@@ -415,3 +415,62 @@ def test_rmd17_prefix_and_official_split(shared_data):
     raw = np.load(shared_data / "rmd17" / "npz_data" / "rmd17_aspirin.npz")
     np.testing.assert_array_equal(whole.pos, raw["coords"].reshape(-1, 3))  # in the order of the file
     assert len(splits.test) == runs.MAX_TEST
+
+
+# ------------------------------------------------------------------------------------------------------------- stores
+
+
+def test_convert_train_evaluate(tmp_path, capsys):
+    """A store is a source of data like any other."""
+    assert call("convert", "sample:ethanol", tmp_path / "store") == 0
+    assert "2,000 structures, 18,000 atoms, targets energy, forces" in capsys.readouterr().out
+    words = ["--out", tmp_path / "run", "--max-steps", 2, *SHORT]
+    assert call("train", "--data", tmp_path / "store", *words) == 0
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert [len(split[part]) for part in ("train", "valid", "test")] == [24, 8, 10]
+    results = []
+    for source in (tmp_path / "store", "sample:ethanol"):
+        found = tmp_path / "found.json"
+        assert call("evaluate", "--model", tmp_path / "run", "--data", source, "--part", "all", "--json", found) == 0
+        results.append(json.loads(found.read_text())["metrics"])
+    assert results[0] == results[1]
+
+
+def test_convert_oc20_files(tmp_path, capsys):
+    pytest.importorskip("lmdb")
+    from oc20_files import write_text
+
+    for number in range(2):
+        write_text(tmp_path / "raw", number, 3, sid=number)
+    assert call("convert", tmp_path / "raw", tmp_path / "store") == 0
+    said = capsys.readouterr()
+    assert "6 structures, 24 atoms, targets energy, forces" in said.out
+    assert said.err.splitlines() == ["1 of 2 sources, 3 structures", "2 of 2 sources, 6 structures"]
+    assert "finished store" in fails(capsys, 2, "convert", tmp_path / "raw", tmp_path / "store", "--quiet")
+    assert "no reference" in fails(capsys, 3, "convert", bare_text(tmp_path), tmp_path / "other", "--quiet")
+    assert "unfinished store" in fails(capsys, 3, "train", "--data", tmp_path / "other", "--out", tmp_path / "run")
+    assert "holds no store" in fails(capsys, 3, "train", "--data", tmp_path / "raw", "--out", tmp_path / "run")
+    word = ["convert", "sample:ethanol", tmp_path / "third", "--task", "s2ef"]
+    assert "not in one of OC20's formats" in fails(capsys, 2, *word)
+
+
+def bare_text(folder: Path) -> Path:
+    """A folder with text that has no log."""
+    from oc20_files import text_frames
+
+    (folder / "bare").mkdir()
+    (folder / "bare" / "0.extxyz").write_text(text_frames(2)[0])
+    return folder / "bare"
+
+
+def test_oc20_by_name(tmp_path):
+    pytest.importorskip("lmdb")
+    from oc20_files import write_text
+
+    for number in range(4):
+        write_text(tmp_path / "s2ef_val_id", number, 5, sid=number, seed=number)
+    with pytest.warns(DataWarning, match="one relaxation"):
+        splits = runs.open_splits("oc20:s2ef/val_id", reading=runs.Reading(data_dir=tmp_path), n_train=12, n_valid=4)
+    assert [len(part) for part in splits.parts().values()] == [12, 4, 4]
+    whole = runs.open_whole("oc20:s2ef/val_id", runs.Reading(data_dir=tmp_path))
+    assert whole.extras["sid"].tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5

@@ -19,9 +19,11 @@ import torch
 from ndem_zoo import testing
 from ndem_zoo.datasets.extxyz import load_extxyz
 from ndem_zoo.datasets.md17 import load_md17
+from ndem_zoo.datasets.oc20 import load_oc20
 from ndem_zoo.datasets.pcqm4mv2 import load_pcqm4mv2
 from ndem_zoo.datasets.qm9 import load_qm9
 from ndem_zoo.datasets.sample import load_sample, sample_file
+from ndem_zoo.datasets.store import load_store
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.models.torchmd_net import EquivariantAttention, TorchMDNet
 from ndem_zoo.objectives.ndem import NDeM
@@ -200,6 +202,35 @@ def pcqm4mv2_case(folder: Path) -> testing.DatasetCase:
     )
 
 
+def oc20_case(folder: Path, as_store: bool) -> testing.DatasetCase:
+    """Nine frames of a slab in OC20's text layout, whose energies are totals, 98 eV below adsorption energies."""
+    frames = []
+    for i in range(9):
+        properties = "species:S:1:pos:R:3:move_mask:L:1:tags:I:1:forces:R:3"
+        comment = f'Lattice="9 0 0 0 9 0 0 0 20" Properties={properties} energy={-100.25 - i} pbc="T T T"'
+        frames += ["2", comment, f"Cu 0.0 0.0 0.{i} F 0 0.5 -0.25 0.{i}", f"O 0.0 0.75 1.5 T 2 -0.5 0.25 -0.{i}"]
+    (folder / "raw").mkdir()
+    (folder / "raw" / "0.extxyz").write_text("\n".join(frames) + "\n", encoding="utf-8")
+    (folder / "raw" / "0.txt").write_text("".join(f"random{5 + i},frame0,-98.0\n" for i in range(9)), encoding="utf-8")
+
+    def load(seed: int) -> testing.datasets.Loaded:
+        if not as_store:
+            return load_oc20("s2ef", "all", folder / "raw", n_train=5, n_valid=2, seed=seed)
+        if not (folder / "store").exists():
+            load_oc20("s2ef", "all", folder / "raw", store=folder / "store")
+        return load_store(folder / "store", 5, 2, seed)
+
+    return testing.DatasetCase(
+        name="store" if as_store else "OC20",
+        load=load,
+        row=4,
+        positions=np.array([[0.0, 0.0, 0.4], [0.0, 0.75, 1.5]]),
+        energy=-6.25,
+        forces=np.array([[0.5, -0.25, 0.4], [-0.5, 0.25, -0.4]]),
+        train_rows=np.random.default_rng(1).permutation(9)[:5].tolist(),
+    )
+
+
 DATASET_CASES: dict[str, Callable[[Path], testing.DatasetCase]] = {
     "md17": lambda folder: md17_case(folder, revised=False),
     "md17 revised": lambda folder: md17_case(folder, revised=True),
@@ -207,6 +238,8 @@ DATASET_CASES: dict[str, Callable[[Path], testing.DatasetCase]] = {
     "pcqm4mv2": pcqm4mv2_case,
     "extxyz": extxyz_case,
     "sample": sample_case,
+    "oc20": lambda folder: oc20_case(folder, as_store=False),
+    "store": lambda folder: oc20_case(folder, as_store=True),
 }
 
 

@@ -7,9 +7,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from ndem_zoo.errors import ConfigError
-from ndem_zoo.metrics import error_metrics, unit_of
+from ndem_zoo.errors import ConfigError, DataError
+from ndem_zoo.metrics import error_metrics, mean_over_splits, oc20_metrics, unit_of
 from ndem_zoo.models.torchmd_net import NDeMTorchMDNet
 from ndem_zoo.presets import PRESETS, Sourced, preset_values
 from ndem_zoo.training import TrainSettings
@@ -163,3 +164,120 @@ def test_units_of_metrics(labeled):
     assert units["forces_mae_kcal"] == "kcal/mol/Å"
     assert units["forces_mae_H"] == "eV/Å"
     assert units["forces_cosine"] == ""
+
+
+def test_fixed_atoms_do_not_count(labeled):
+    predicted, target, z, ptr = labeled
+    fixed = np.zeros(len(z), dtype=bool)
+    fixed[[0, 3, 7, 12]] = True
+    found = error_metrics(predicted, target, z, ptr, fixed)
+    assert found["energy_mae"] == error_metrics(predicted, target, z, ptr)["energy_mae"]
+    free = [i for i in range(len(z)) if not fixed[i]]
+    error = np.abs(predicted["forces"] - target["forces"])
+    assert found["forces_mae"] == pytest.approx(
+        sum(error[i, k] for i in free for k in range(3)) / 3 / len(free), rel=1e-12
+    )
+    carbon = [i for i in free if z[i] == 6]
+    assert found["forces_mae_C"] == pytest.approx(np.mean([error[i] for i in carbon]), rel=1e-12)
+    worse = {**predicted, "forces": np.where(fixed[:, None], 1e6, predicted["forces"])}
+    assert error_metrics(worse, target, z, ptr, fixed) == found
+    assert "forces_mae" not in error_metrics(predicted, target, z, ptr, np.ones(len(z), dtype=bool))
+
+
+# ----------------------------------------------------------------------------------------------------------- OC20's own
+
+
+def test_oc20_metrics_by_hand():
+    """Three systems, each with a fixed atom whose prediction is absurd."""
+    ptr = np.array([0, 3, 5, 7])
+    fixed = np.array([True, False, False, True, False, True, False])
+    label = np.zeros((7, 3))
+    label[[1, 2, 4, 6]] = [[3.0, 0.0, 4.0], [0.0, 1.0, 0.0], [0.0, 0.0, 2.0], [1.0, 0.0, 0.0]]
+    forces = label.copy()
+    forces[fixed] = 99.0
+    forces[1] += [0.02, 0.0, 0.0]
+    forces[2] = [0.029, 1.0, -0.029]
+    forces[4] += [0.0, 0.03001, 0.0]
+    forces[6] = [-1.0, 0.0, 0.0]
+    predicted = {"energy": np.array([1.019, 2.0, 2.98]), "forces": forces}
+    target = {"energy": np.array([1.0, 2.0, 3.001]), "forces": label}
+    found = oc20_metrics(predicted, target, ptr, fixed)
+    sums = {"x": 0.02 + 0.029 + 2.0, "y": 0.03001, "z": 0.029}
+    cosines = [
+        (3.02 * 3 + 16) / 5 / math.hypot(3.02, 4),
+        1 / math.hypot(0.029, 1, 0.029),
+        2 / math.hypot(0.03001, 2),
+        -1,
+    ]
+    lengths = [math.hypot(3.02, 4) - 5, math.hypot(0.029, 1, 0.029) - 1, math.hypot(0.03001, 2) - 2, 0.0]
+    expected = {
+        "energy_mae": (0.019 + 0.021) / 3,
+        "ewt": 2 / 3,
+        "efwt": 1 / 3,  # the second is off by its force, the third by its energy
+        "forces_mae": sum(sums.values()) / 12,
+        **{f"forces_{axis}_mae": value / 4 for axis, value in sums.items()},
+        "forces_cosine": sum(cosines) / 4,
+        "forces_magnitude_mae": sum(map(abs, lengths)) / 4,
+    }
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-9), name
+
+
+def test_oc20_metrics_against_torch():
+    """The definitions of section 7 of OC20's paper and evaluator, in torch, structure by structure."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 6, 200)
+    ptr = np.concatenate([[0], np.cumsum(counts)])
+    label = 0.1 * rng.normal(size=(ptr[-1], 3))
+    forces = label + 0.012 * rng.normal(size=label.shape)
+    energy = rng.normal(size=200)
+    predicted = {"energy": energy + 0.02 * rng.normal(size=200), "forces": forces}
+    fixed = rng.random(ptr[-1]) < 0.3
+    found = oc20_metrics(predicted, {"energy": energy, "forces": label}, ptr, fixed)
+    a, b = torch.from_numpy(forces[~fixed]), torch.from_numpy(label[~fixed])
+    assert found["forces_cosine"] == pytest.approx(float(torch.cosine_similarity(a, b).mean()), rel=1e-9)
+    assert found["forces_magnitude_mae"] == pytest.approx(float((a.norm(dim=1) - b.norm(dim=1)).abs().mean()), rel=1e-9)
+    within = 0
+    for i in range(200):
+        rows = np.flatnonzero(~fixed[ptr[i] : ptr[i + 1]]) + ptr[i]
+        largest = np.abs(forces[rows] - label[rows]).max() if len(rows) else 0.0
+        within += abs(predicted["energy"][i] - energy[i]) < 0.02 and largest < 0.03
+    assert 0.1 < within / 200 < 0.9
+    assert found["efwt"] == within / 200
+
+
+def test_oc20_metrics_of_energies_alone_and_of_nothing():
+    ptr, energy = np.array([0, 1, 2]), np.array([0.0, 1.0])
+    assert oc20_metrics({"energy": energy + 0.02}, {"energy": energy}, ptr) == {
+        "energy_mae": pytest.approx(0.02),
+        "ewt": 0.0,
+    }
+    with pytest.raises(DataError, match="no structures"):
+        oc20_metrics({"energy": energy[:0]}, {"energy": energy[:0]}, ptr[:1])
+    both = {"energy": energy, "forces": np.zeros((2, 3))}
+    with pytest.raises(DataError, match="all atoms are fixed"):
+        oc20_metrics(both, both, ptr, np.array([True, True]))
+
+
+def test_mean_over_splits_is_plain():
+    splits = {
+        "val_id": {"ewt": 0.1},
+        "val_ood_ads": {"ewt": 0.3},
+        "val_ood_cat": {"ewt": 0.2},
+        "val_ood_both": {"ewt": 0.6},
+    }
+    assert mean_over_splits(splits) == {"ewt": pytest.approx(0.3)}
+    with pytest.raises(DataError, match="'val_ood_ads' has the metrics"):
+        mean_over_splits(splits | {"val_ood_ads": {"efwt": 0.1}})
+    with pytest.raises(DataError, match="no splits"):
+        mean_over_splits({})
+
+
+def test_units_of_oc20_metrics():
+    assert [unit_of(name) for name in ("ewt", "efwt", "forces_x_mae", "forces_magnitude_mae")] == [
+        "",
+        "",
+        "eV/Å",
+        "eV/Å",
+    ]

@@ -37,8 +37,14 @@ train, valid
 # %%
 energy, forces = train.targets["energy"], train.targets["forces"]
 atoms = train.atoms(0)
-print(atoms.get_chemical_formula(), f"adsorption energy {energy[0]:.2f} eV,", f"{train.fixed.mean():.0%} of all atoms are fixed")
-print(f"energies: {energy.mean():.2f} ± {energy.std():.2f} eV; free atoms' forces: {np.abs(forces[~train.fixed]).mean():.3f} eV/Å")
+print(
+    atoms.get_chemical_formula(),
+    f"adsorption energy {energy[0]:.2f} eV,",
+    f"{train.fixed.mean():.0%} of all atoms are fixed",
+)
+print(
+    f"energies: {energy.mean():.2f} ± {energy.std():.2f} eV; free atoms' forces: {np.abs(forces[~train.fixed]).mean():.3f} eV/Å"
+)
 
 # %% [markdown]
 # ## Training

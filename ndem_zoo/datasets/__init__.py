@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from ndem_zoo.datasets.extxyz import load_extxyz, read_extxyz, write_extxyz
     from ndem_zoo.datasets.files import DatasetCard, RemoteFile, fetch
     from ndem_zoo.datasets.md17 import load_md17, read_md17
+    from ndem_zoo.datasets.oc20 import convert_oc20, linear_reference, load_oc20, read_oc20, split_by_system
+    from ndem_zoo.datasets.oc20_submission import write_submission
     from ndem_zoo.datasets.pcqm4mv2 import load_pcqm4mv2, read_pcqm4mv2
     from ndem_zoo.datasets.qm9 import load_qm9, read_qm9
     from ndem_zoo.datasets.sample import load_sample, read_sample
-    from ndem_zoo.datasets.store import StoreWriter, is_store, open_store
+    from ndem_zoo.datasets.store import StoreWriter, is_store, load_store, open_store
     from ndem_zoo.datasets.summary import Summary, virial_temperature
 
 _HOME = {
@@ -30,22 +32,29 @@ _HOME = {
     "as_dataset": "base",
     "check_structures": "checks",
     "check_targets": "checks",
+    "convert_oc20": "oc20",
     "fetch": "files",
     "is_store": "store",
+    "linear_reference": "oc20",
     "load_extxyz": "extxyz",
     "load_md17": "md17",
+    "load_oc20": "oc20",
     "load_pcqm4mv2": "pcqm4mv2",
     "load_qm9": "qm9",
     "load_sample": "sample",
+    "load_store": "store",
     "open_store": "store",
     "read_extxyz": "extxyz",
     "read_md17": "md17",
+    "read_oc20": "oc20",
     "read_pcqm4mv2": "pcqm4mv2",
     "read_qm9": "qm9",
     "read_sample": "sample",
+    "split_by_system": "oc20",
     "split_indices": "base",
     "virial_temperature": "summary",
     "write_extxyz": "extxyz",
+    "write_submission": "oc20_submission",
 }
 
 __all__ = [
@@ -57,22 +66,29 @@ __all__ = [
     "as_dataset",
     "check_structures",
     "check_targets",
+    "convert_oc20",
     "fetch",
     "is_store",
+    "linear_reference",
     "load_extxyz",
     "load_md17",
+    "load_oc20",
     "load_pcqm4mv2",
     "load_qm9",
     "load_sample",
+    "load_store",
     "open_store",
     "read_extxyz",
     "read_md17",
+    "read_oc20",
     "read_pcqm4mv2",
     "read_qm9",
     "read_sample",
+    "split_by_system",
     "split_indices",
     "virial_temperature",
     "write_extxyz",
+    "write_submission",
 ]
 
 

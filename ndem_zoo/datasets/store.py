@@ -498,7 +498,7 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> MolecularData
                 f"{folder} is an unfinished store ({done} sources are done): run what was writing it again, with the same "
                 "options, to resume it"
             )
-        raise FileNotFoundError(f"{folder} holds no store (no {RECORD} in it)")
+        raise FileNotFoundError(f"{folder} holds no store (no {RECORD} in it); ndem-zoo convert makes one")
     record = _read_record(folder / RECORD)
     schema = _schema_of(record, folder / RECORD)
     structures, atoms = record["structures"], record["atoms"]
@@ -506,6 +506,37 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> MolecularData
     if verify:
         _verify(folder, record, schema)
     return StoredDataset._opened(folder, record, schema, arrays)
+
+
+def load_store(
+    folder: str | os.PathLike,
+    n_train: int | float = 0.8,
+    n_valid: int | float = 0.1,
+    seed: int = 1,
+    *,
+    n_test: int | float | None = None,
+    verify: bool = False,
+) -> tuple[list[str], tuple[MolecularDataset, MolecularDataset, MolecularDataset], list]:
+    """Open a store, split into training, validation and test data.
+
+    Parameters
+    ----------
+    folder, verify
+        See `open_store`.
+    n_train, n_valid, n_test, seed
+        See `MolecularDataset.split`. Choice: 80 % and 10 %, the rest for testing.
+
+    Returns
+    -------
+    tasks : list of str
+        Names of the labels.
+    datasets : (train, valid, test)
+        Three `MolecularDataset`, which read from the store.
+    transformers : list
+        Empty: nothing is normalized.
+    """
+    whole = open_store(folder, verify)
+    return whole.tasks, whole.split(n_train, n_valid, seed, n_test), []
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -602,9 +633,18 @@ class StoredDataset(MolecularDataset):
 
     Made by `open_store`. It is used as any other `MolecularDataset`; only selections behave differently: they are
     `StoredSelection`.
+
+    Attributes
+    ----------
+    folder
+        Where it is.
+    settings
+        What it was made with; see `StoreWriter`.
     """
 
     folder: Path
+    folder: Path
+    settings: dict[str, Any]
 
     @classmethod
     def _opened(
@@ -630,7 +670,7 @@ class StoredDataset(MolecularDataset):
             )
         except (DataError, TypeError, KeyError) as error:
             raise FileFormatError(f"{folder} is damaged: {error}") from error
-        new.folder = folder
+        new.folder, new.settings = folder, dict(record.get("settings") or {})
         return new
 
     def select(self, indices: Any) -> MolecularDataset:

@@ -1,0 +1,587 @@
+"""Pickled PyG records, read as data: a pickle machine of our own that can call nothing.
+
+Legacy OC20 files are pickles of `torch_geometric` objects, whose tensors are pickles inside of pickles. Python's `pickle`
+and `torch.load` execute what such files say; this machine knows the names of `ALLOWED` only, gives them its own inert
+meaning, calls nothing of torch, numpy or PyG, and checks each size against the bytes that are there. Files are opened in
+`lmdb_files.py`; what the fields mean is known to `oc20.py`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ndem_zoo.errors import FileFormatError
+
+#: Classes of PyG 1 and 2 that may appear; they become a `Record` without behavior.
+_RECORDS = (
+    *(("torch_geometric.data.data", name) for name in ("Data", "DataEdgeAttr", "DataTensorAttr")),
+    *(("torch_geometric.data.storage", name) for name in ("GlobalStorage", "BaseStorage")),
+)
+
+#: Storages of torch by the dtype of their numbers; bfloat16 has no dtype in numpy and is widened.
+_STORAGES = {
+    ("torch", f"{name}Storage"): dtype
+    for name, dtype in {
+        "Double": "<f8",
+        "Float": "<f4",
+        "Half": "<f2",
+        "BFloat16": "bf16",
+        "Long": "<i8",
+        "Int": "<i4",
+        "Short": "<i2",
+        "Char": "|i1",
+        "Byte": "|u1",
+        "Bool": "|b1",
+    }.items()
+}
+
+#: Dtypes of numpy that may appear, without byte order.
+_DTYPES = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split())
+
+#: How a file of torch's old format begins: magic number, version of the protocol.
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+
+#: Choice: no array here has more dimensions, and no number more bytes or digits.
+_MAX_DIMENSIONS, _MAX_INTEGER = 8, 64
+
+#: Choice: bytes that all calls together may work on, in units of the pickle's size; honest pickles use theirs once.
+_BUDGET = 4
+
+#: What keys of a dict may be. Pitfall: hashing nested tuples recurses in C, and deep ones would crash the process.
+_KEYS = (str, int, float, bytes, type(None))
+
+
+class Record:
+    """An object of PyG, of which only the fields are left."""
+
+    __slots__ = ("fields", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.fields: dict[str, Any] = {}
+
+
+class _Name:
+    """A name in a pickle that is allowed: what it makes of its arguments, if it can be called."""
+
+    __slots__ = ("call", "name")
+
+    def __init__(self, name: str, call: Callable[..., Any] | None) -> None:
+        self.name, self.call = name, call
+
+
+class _Dtype:
+    """A dtype of numpy, whose byte order is set afterwards."""
+
+    __slots__ = ("order", "text")
+
+    def __init__(self, text: Any, align: Any = False, copy: Any = True) -> None:
+        if not isinstance(text, str) or text not in _DTYPES:
+            raise FileFormatError(f"has a numpy.dtype that is not one of {', '.join(sorted(_DTYPES))}")
+        self.text, self.order = text, "|"
+
+    def set_state(self, state: Any) -> None:
+        """Byte order, from ``(version, order, None, ...)``; nothing else can be set."""
+        if not (isinstance(state, tuple) and len(state) >= 2 and state[1] in ("<", ">", "|", "=")):
+            raise FileFormatError("has a numpy.dtype with a state that plain numbers do not have")
+        if any(part is not None for part in state[2:5]):
+            raise FileFormatError("has a structured numpy.dtype; allowed are plain numbers")
+        self.order = state[1]
+
+    @property
+    def value(self) -> np.dtype:
+        return np.dtype(self.order + self.text)
+
+
+class _Array:
+    """An array of numpy, whose content is set afterwards."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, *arguments: Any) -> None:
+        self.value: np.ndarray | None = None
+
+    def set_state(self, state: Any) -> None:
+        """Content from ``(version, shape, dtype, is_fortran, bytes)``."""
+        if not (isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], _Dtype)):
+            raise FileFormatError("has a numpy array with a state that arrays of numbers do not have")
+        _, shape, dtype, is_fortran, raw = state
+        count = _product(shape)
+        if not isinstance(raw, bytes) or len(raw) != count * dtype.value.itemsize:
+            raise FileFormatError(f"has a numpy array of {count} numbers whose bytes do not fit")
+        flat = np.frombuffer(raw, dtype.value)
+        self.value = flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+def _scalar(dtype: Any, raw: Any) -> Any:
+    """A number of numpy's as one of Python's."""
+    if not isinstance(dtype, _Dtype) or not isinstance(raw, bytes) or len(raw) != dtype.value.itemsize:
+        raise FileFormatError("has a numpy scalar whose bytes do not fit its dtype")
+    return np.frombuffer(raw, dtype.value)[0].item()
+
+
+def _ordered_dict(*arguments: Any) -> dict:
+    """The hooks of a tensor: there are none."""
+    if arguments and arguments != ([],):
+        raise FileFormatError("has a collections.OrderedDict with content; tensors have empty ones")
+    return {}
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> np.ndarray:
+    """A tensor as a view of its storage, if every number of it is in its storage."""
+    if not isinstance(storage, np.ndarray):
+        raise FileFormatError("has a tensor without a storage")
+    count = _product(size)
+    if not isinstance(stride, tuple) or len(stride) != len(size) or not all(map(_is_count, (offset, *stride))):
+        raise FileFormatError("has a tensor with strides or an offset that are no whole numbers from 0 on")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else 0
+    if count and (last >= len(storage) or count > len(storage)):
+        raise FileFormatError(f"has a tensor of {count} numbers up to number {last} of a storage of {len(storage)}")
+    if not count:
+        return np.zeros(size, dtype=storage.dtype)
+    steps = [step * storage.itemsize for step in stride]
+    # Not copied: a pickle that makes the same tensor a million times must not fill the memory.
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _product(shape: Any) -> int:
+    """How many numbers an array of this shape has."""
+    if not isinstance(shape, tuple) or len(shape) > _MAX_DIMENSIONS or not all(map(_is_count, shape)):
+        raise FileFormatError("has an array whose shape is no tuple of at most 8 whole numbers from 0 on")
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def _storage(raw: Any) -> np.ndarray:
+    """The numbers in a file of torch's old format: four pickles, a list of keys, and bytes."""
+    if not isinstance(raw, bytes):
+        raise FileFormatError("has a tensor whose storage is not bytes")
+    magic, position = _Machine(raw, {}).run(0)
+    version, position = _Machine(raw, {}).run(position)
+    system, position = _Machine(raw, {}).run(position)
+    if (
+        magic != _MAGIC
+        or version != _PROTOCOL
+        or not isinstance(system, dict)
+        or system.get("little_endian") is not True
+    ):
+        raise FileFormatError("has a tensor whose storage is not in torch's old format")
+    machine = _Machine(raw, _STORAGE_NAMES, persistent=True)
+    found, position = machine.run(position)
+    keys, position = _Machine(raw, {}).run(position)
+    if not isinstance(found, tuple) or len(found) != 6 or found[0] != "storage" or not isinstance(found[1], _Name):
+        raise FileFormatError("has a tensor whose storage is something else")
+    _, kind, key, _, count, view = found
+    if view is not None or keys != [key] or not _is_count(count):
+        raise FileFormatError("has a tensor whose storage is a part of another one")
+    return _numbers(raw, position, count, _STORAGES["torch", kind.name.rpartition(".")[2]])
+
+
+def _numbers(raw: bytes, position: int, count: int, dtype: str) -> np.ndarray:
+    """`count` numbers, which must be all that is left, after their count."""
+    size = 2 if dtype == "bf16" else np.dtype(dtype).itemsize
+    if len(raw) - position != 8 + count * size or int.from_bytes(raw[position : position + 8], "little") != count:
+        raise FileFormatError(
+            f"has a storage that claims {count} numbers of {size} bytes; it has {len(raw) - position - 8}"
+        )
+    if dtype != "bf16":
+        return np.frombuffer(raw, dtype, offset=position + 8)
+    return (np.frombuffer(raw, "<u2", offset=position + 8).astype("<u4") << 16).view("<f4")
+
+
+def _record_maker(name: str) -> Callable[[], Record]:
+    return lambda: Record(name)
+
+
+#: Every name that a pickle may mention, and what it means here. Nothing is looked up anywhere else.
+ALLOWED: dict[tuple[str, str], _Name] = {
+    (module, name): _Name(f"{module}.{name}", call)
+    for (module, name), call in {
+        ("torch._utils", "_rebuild_tensor"): _tensor,
+        ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+        ("torch.storage", "_load_from_bytes"): _storage,
+        ("collections", "OrderedDict"): _ordered_dict,
+        ("numpy", "dtype"): _Dtype,
+        ("numpy", "ndarray"): None,
+        ("numpy.core.multiarray", "scalar"): _scalar,
+        ("numpy._core.multiarray", "scalar"): _scalar,
+        ("numpy.core.multiarray", "_reconstruct"): _Array,
+        ("numpy._core.multiarray", "_reconstruct"): _Array,
+        **{key: _record_maker(key[1]) for key in _RECORDS},
+    }.items()
+}
+
+_STORAGE_NAMES = {key: _Name(f"{key[0]}.{key[1]}", None) for key in _STORAGES}
+
+#: What damaged pickles make Python raise in here.
+_BROKEN = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
+#: Opcodes that are refused, by what they would do.
+_REFUSED = {
+    ord("P"): "PERSID",
+    ord("Q"): "BINPERSID",
+    ord("i"): "INST",
+    ord("o"): "OBJ",
+    0x82: "EXT1",
+    0x83: "EXT2",
+    0x84: "EXT4",
+    0x92: "NEWOBJ_EX",
+    0x96: "BYTEARRAY8",
+    0x97: "NEXT_BUFFER",
+    0x98: "READONLY_BUFFER",
+}
+
+
+def read_pickle(data: bytes) -> Any:
+    """The object in a pickle of numbers, strings, tensors, arrays and PyG records.
+
+    Parameters
+    ----------
+    data
+        The pickle.
+
+    Returns
+    -------
+    value
+        Tensors and arrays as numpy arrays, PyG's objects as `Record`, the rest as Python's own.
+
+    Raises
+    ------
+    FileFormatError
+        If the pickle mentions a name that is not in `ALLOWED`, uses an instruction that data do not need, claims sizes
+        that are not there, or is truncated. The message goes on after the name of a file or key.
+    """
+    value, end = _Machine(data, ALLOWED).run(0)
+    if end != len(data):
+        raise FileFormatError(f"has {len(data) - end} bytes behind the end of its pickle")
+    return value.value if isinstance(value, _Array) else value
+
+
+def read_record(data: bytes) -> dict[str, Any]:
+    """The fields of a pickled `torch_geometric.data.Data`, of PyG 1 or 2; parameters and errors as in `read_pickle`."""
+    value = read_pickle(data)
+    if not isinstance(value, Record) or value.name != "Data":
+        raise FileFormatError(f"holds {type(value).__name__}; needed is a torch_geometric.data.Data")
+    fields = value.fields
+    store = fields.get("_store")
+    if isinstance(store, Record):
+        fields = store.fields.get("_mapping")
+        if not isinstance(fields, dict):
+            raise FileFormatError("holds a torch_geometric.data.Data whose storage has no fields")
+    plain = {name: field.value if isinstance(field, _Array) else field for name, field in fields.items()}
+    return {
+        name: field
+        for name, field in plain.items()
+        if isinstance(name, str)
+        and field is not None
+        and name != "__num_nodes__"
+        and not isinstance(field, (Record, _Name))
+    }
+
+
+def read_plain(data: bytes) -> Any:
+    """The numbers, strings, lists and dicts in a pickle that may mention no name at all; see `read_pickle`."""
+    value, end = _Machine(data, {}).run(0)
+    if end != len(data):
+        raise FileFormatError(f"has {len(data) - end} bytes behind the end of its pickle")
+    return value
+
+
+class _Machine:
+    """Executes pickle's instructions, as far as they make data.
+
+    Parameters
+    ----------
+    data
+        Bytes that hold a pickle, and perhaps more.
+    names
+        Names that may be mentioned.
+    persistent
+        Whether ``BINPERSID`` is allowed; it leaves its tuple as it is.
+    """
+
+    def __init__(self, data: bytes, names: dict[tuple[str, str], _Name], persistent: bool = False) -> None:
+        self.data, self.names, self.persistent = data, names, persistent
+
+    def run(self, start: int) -> tuple[Any, int]:
+        """The object of the pickle that begins at `start`, and where it ends."""
+        self.position = start
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.budget = _BUDGET * len(self.data)
+        try:
+            while True:
+                code = self.data[self.position]
+                self.position += 1
+                if code == 0x2E:  # STOP
+                    if self.marks or len(self.stack) != 1:
+                        raise FileFormatError("is a damaged pickle: something is left over at its end")
+                    return self.stack.pop(), self.position
+                action = _ACTIONS.get(code)
+                if action is not None:
+                    action(self)
+                elif code == 0x51 and self.persistent:  # BINPERSID
+                    if not isinstance(self.stack[-1], tuple):
+                        raise FileFormatError("has a persistent id that is no tuple")
+                else:
+                    name = _REFUSED.get(code, f"0x{code:02x}")
+                    raise FileFormatError(
+                        f"uses the pickle instruction {name}, which data do not need; it is not executed"
+                    )
+        except _BROKEN as error:
+            if isinstance(error, FileFormatError):
+                raise
+            reason = f"{type(error).__name__} at byte {self.position}"
+            raise FileFormatError(f"is a damaged or truncated pickle ({reason})") from error
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes."""
+        end = self.position + size
+        if end > len(self.data):
+            raise FileFormatError(
+                f"is truncated: an instruction claims {size} bytes, {len(self.data) - self.position} are left"
+            )
+        chunk = self.data[self.position : end]
+        self.position = end
+        return chunk
+
+    def number(self, size: int, signed: bool = False) -> int:
+        """The next `size` bytes as an integer."""
+        return int.from_bytes(self.take(size), "little", signed=signed)
+
+    def line(self, encoding: str = "utf-8") -> str:
+        """Text up to the end of the line."""
+        end = self.data.index(b"\n", self.position)
+        text = self.data[self.position : end].decode(encoding)
+        self.position = end + 1
+        return text
+
+    def since_mark(self) -> list[Any]:
+        """What was put on the stack since the last mark, taken off."""
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        return items
+
+    def pop(self) -> Any:
+        """What is on top of the stack, taken off; nothing below the last mark."""
+        if self.marks and len(self.stack) <= self.marks[-1]:
+            raise FileFormatError("is a damaged pickle: it takes from below a mark")
+        return self.stack.pop()
+
+    def find(self, module: Any, name: Any) -> None:
+        """Put a name on the stack, if it is allowed."""
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise FileFormatError("mentions a name that is no text")
+        found = self.names.get((module, name))
+        if found is None:
+            where = " inside of a tensor" if self.names is _STORAGE_NAMES else ""
+            raise FileFormatError(
+                f"mentions {f'{module}.{name}'[:200]!r}{where}, which data do not need: the file may be an attack. Nothing of "
+                "it was executed"
+            )
+        self.stack.append(found)
+
+    def stack_global(self) -> None:
+        name, module = self.pop(), self.pop()
+        self.find(module, name)
+
+    def reduce(self) -> None:
+        """Call one of our own functions, or make a record."""
+        arguments, function = self.pop(), self.pop()
+        if not isinstance(function, _Name) or function.call is None or not isinstance(arguments, tuple):
+            what = function.name if isinstance(function, _Name) else type(function).__name__
+            raise FileFormatError(f"calls {what}, which cannot be called")
+        self.budget -= sum(len(item) for item in arguments if isinstance(item, bytes))
+        if self.budget < 0:
+            raise FileFormatError("makes the same tensors over and over")
+        self.stack.append(function.call(*arguments))
+
+    def build(self) -> None:
+        """Set the state of one of our own objects."""
+        state, target = self.pop(), self.stack[-1]
+        if isinstance(target, Record):
+            if not isinstance(state, dict):
+                raise FileFormatError(f"has a {target.name} whose state is no dict")
+            target.fields.update(state)
+        elif isinstance(target, (_Dtype, _Array)):
+            target.set_state(state)
+        else:
+            raise FileFormatError(f"sets the state of a {type(target).__name__}, which has none")
+
+    def set_items(self, target: Any, items: list[Any]) -> None:
+        if type(target) is not dict or len(items) % 2:
+            raise FileFormatError(f"sets items of a {type(target).__name__}")
+        if not all(isinstance(key, _KEYS) for key in items[::2]):
+            raise FileFormatError("has a dict with keys that are neither text nor numbers")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    def append_all(self, target: Any, items: list[Any]) -> None:
+        if type(target) is not list:
+            raise FileFormatError(f"appends to a {type(target).__name__}")
+        target.extend(items)
+
+    def protocol(self) -> None:
+        version = self.number(1)
+        if version > 5:
+            raise FileFormatError(f"is a pickle of protocol {version}; known are 0 to 5")
+
+    def long_text(self) -> int:
+        """An integer in digits."""
+        text = self.line()
+        if len(text) > _MAX_INTEGER:
+            raise FileFormatError(f"has an integer of {len(text)} digits")
+        return int(text.rstrip("L"))
+
+    def text_int(self) -> Any:
+        """An integer in digits; ``00`` and ``01`` are False and True."""
+        text = self.line()
+        if text in ("00", "01"):
+            return text == "01"
+        if len(text) > _MAX_INTEGER:
+            raise FileFormatError(f"has an integer of {len(text)} digits")
+        return int(text)
+
+    def long_bytes(self, size: int) -> int:
+        """An integer in bytes."""
+        if size > _MAX_INTEGER:
+            raise FileFormatError(f"has an integer of {size} bytes")
+        return self.number(size, signed=True)
+
+    def text(self, size: int) -> str:
+        return self.take(size).decode("utf-8", "surrogatepass")
+
+
+def _push(make: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
+    """An instruction that puts something on the stack."""
+
+    def action(machine: _Machine) -> None:
+        machine.stack.append(make(machine))
+
+    return action
+
+
+def _tuple(size: int) -> Callable[[_Machine], None]:
+    """An instruction that makes a tuple of the `size` uppermost objects."""
+
+    def action(machine: _Machine) -> None:
+        items = [machine.pop() for _ in range(size)]
+        machine.stack.append(tuple(reversed(items)))
+
+    return action
+
+
+def _mark(machine: _Machine) -> None:
+    machine.marks.append(len(machine.stack))
+
+
+def _dict(machine: _Machine) -> None:
+    items = machine.since_mark()
+    machine.stack.append({})
+    machine.set_items(machine.stack[-1], items)
+
+
+def _append(machine: _Machine) -> None:
+    item = machine.pop()
+    machine.append_all(machine.stack[-1], [item])
+
+
+def _appends(machine: _Machine) -> None:
+    items = machine.since_mark()
+    machine.append_all(machine.stack[-1], items)
+
+
+def _set_item(machine: _Machine) -> None:
+    value, key = machine.pop(), machine.pop()
+    machine.set_items(machine.stack[-1], [key, value])
+
+
+def _set_items(machine: _Machine) -> None:
+    items = machine.since_mark()
+    machine.set_items(machine.stack[-1], items)
+
+
+def _put(number: Callable[[_Machine], int]) -> Callable[[_Machine], None]:
+    """An instruction that remembers what is on top of the stack; a dict, so that large numbers cost nothing."""
+
+    def action(machine: _Machine) -> None:
+        machine.memo[number(machine)] = machine.stack[-1]
+
+    return action
+
+
+#: Pickle's instructions by their codes: the ones that make data, and those that call what is allowed.
+_ACTIONS: dict[int, Callable[[_Machine], None]] = {
+    0x80: _Machine.protocol,
+    0x95: lambda m: m.take(8) and None,  # FRAME: a length that only buffered readers need
+    ord("("): _mark,
+    ord("0"): lambda m: m.pop() and None,
+    ord("1"): lambda m: m.since_mark() and None,
+    ord("2"): _push(lambda m: m.stack[-1]),
+    ord("N"): _push(lambda m: None),
+    0x88: _push(lambda m: True),
+    0x89: _push(lambda m: False),
+    ord("I"): _push(_Machine.text_int),
+    ord("L"): _push(_Machine.long_text),
+    ord("J"): _push(lambda m: m.number(4, signed=True)),
+    ord("K"): _push(lambda m: m.number(1)),
+    ord("M"): _push(lambda m: m.number(2)),
+    0x8A: _push(lambda m: m.long_bytes(m.number(1))),
+    0x8B: _push(lambda m: m.long_bytes(m.number(4))),
+    ord("F"): _push(lambda m: float(m.line())),
+    ord("G"): _push(lambda m: struct.unpack(">d", m.take(8))[0]),
+    ord("U"): _push(lambda m: m.take(m.number(1)).decode("latin1")),
+    ord("T"): _push(lambda m: m.take(m.number(4)).decode("latin1")),
+    ord("V"): _push(lambda m: m.line("raw-unicode-escape")),
+    ord("X"): _push(lambda m: m.text(m.number(4))),
+    0x8C: _push(lambda m: m.text(m.number(1))),
+    0x8D: _push(lambda m: m.text(m.number(8))),
+    ord("B"): _push(lambda m: m.take(m.number(4))),
+    ord("C"): _push(lambda m: m.take(m.number(1))),
+    0x8E: _push(lambda m: m.take(m.number(8))),
+    ord(")"): _push(lambda m: ()),
+    ord("t"): _push(lambda m: tuple(m.since_mark())),
+    0x85: _tuple(1),
+    0x86: _tuple(2),
+    0x87: _tuple(3),
+    ord("]"): _push(lambda m: []),
+    ord("l"): _push(_Machine.since_mark),
+    ord("a"): _append,
+    ord("e"): _appends,
+    ord("}"): _push(lambda m: {}),
+    ord("d"): _dict,
+    ord("s"): _set_item,
+    ord("u"): _set_items,
+    ord("c"): lambda m: m.find(m.line(), m.line()),
+    0x93: _Machine.stack_global,
+    ord("R"): _Machine.reduce,
+    0x81: _Machine.reduce,  # NEWOBJ: our classes are made by calling them
+    ord("b"): _Machine.build,
+    ord("p"): _put(_Machine.text_int),
+    ord("q"): _put(lambda m: m.number(1)),
+    ord("r"): _put(lambda m: m.number(4)),
+    0x94: _put(lambda m: len(m.memo)),
+    ord("g"): _push(lambda m: m.memo[m.text_int()]),
+    ord("h"): _push(lambda m: m.memo[m.number(1)]),
+    ord("j"): _push(lambda m: m.memo[m.number(4)]),
+}
