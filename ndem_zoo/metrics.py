@@ -7,6 +7,7 @@ count where forces are compared: what acts on them moves nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -15,8 +16,28 @@ from ndem_zoo.errors import DataError
 from ndem_zoo.physics import KCAL_PER_MOL
 from ndem_zoo.properties import PROPERTIES, property_of
 
+if TYPE_CHECKING:
+    from ndem_zoo.datasets.base import MolecularDataset
+
 #: OC20's thresholds (fairchem 1.10, evaluator): energy in eV, any component of a force in eV/Å. Errors must be below.
 OC20_ENERGY_THRESHOLD, OC20_FORCE_THRESHOLD = 0.02, 0.03
+
+
+def dataset_metrics(predicted: Mapping[str, np.ndarray], dataset: MolecularDataset) -> dict[str, float]:
+    """Errors on a dataset with labels: those of `error_metrics` and, where atoms are fixed (slabs), `oc20_metrics`.
+
+    Parameters
+    ----------
+    predicted
+        Columns in the dataset's order.
+    dataset
+        Structures with labels.
+    """
+    found = error_metrics(predicted, dataset.targets, dataset.z, dataset.ptr, dataset.fixed)
+    is_free = dataset.fixed is not None and len(dataset) and not dataset.fixed.all()
+    if is_free and "energy" in predicted and "energy" in dataset.targets:
+        found |= oc20_metrics(predicted, dataset.targets, dataset.ptr, dataset.fixed)
+    return found
 
 
 def error_metrics(

@@ -24,7 +24,7 @@ from ndem_zoo import checkpoint as files
 from ndem_zoo import registry
 from ndem_zoo._version import __version__
 from ndem_zoo.errors import ConfigError, DataWarning, FileFormatError
-from ndem_zoo.metrics import error_metrics, unit_of
+from ndem_zoo.metrics import dataset_metrics, unit_of
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -419,7 +419,7 @@ def train_run(
     predictions = {name: predict_columns_of(model, part) for name, part in splits.parts().items() if name != "train"}
     for name, predicted in predictions.items():
         part = splits.parts()[name]
-        record[name] = {"n_structures": len(part)} | error_metrics(
+        record[name] = {"n_structures": len(part)} | dataset_metrics(
             predicted, part.targets, part.z, part.ptr, part.fixed
         )
     record["units"] = units_of(record.get("valid", {}), record.get("test", {}))

@@ -32,7 +32,7 @@ from ndem_zoo.errors import ConfigError, FileFormatError, TrainingError
 from ndem_zoo.graph import Batch
 from ndem_zoo.history import History, HistoryLog
 from ndem_zoo.inference import predict_columns
-from ndem_zoo.metrics import error_metrics
+from ndem_zoo.metrics import dataset_metrics
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative, check_whole
 from ndem_zoo.progress import Progress
@@ -592,7 +592,7 @@ def validation_metrics(
     }
     fixed = np.zeros(len(dataset.z), dtype=bool) if dataset.fixed is None else np.array(dataset.fixed)
     terms = objective.supervised.terms_of_errors(errors, torch.from_numpy(~fixed))
-    metrics = error_metrics(predicted, dataset.targets, dataset.z, dataset.ptr)
+    metrics = dataset_metrics(predicted, dataset)
     kept = (f"{potential.target}_mae", "forces_mae", "forces_rmse")
     return {"valid_loss": float(sum(terms.values()))} | {f"valid_{k}": metrics[k] for k in kept if k in metrics}
 

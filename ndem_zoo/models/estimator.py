@@ -27,7 +27,7 @@ from ndem_zoo.datasets.checks import check_structures, check_targets
 from ndem_zoo.errors import ConfigError, DataError, FileFormatError, NotFittedError
 from ndem_zoo.history import read_history, write_history
 from ndem_zoo.inference import predict_columns
-from ndem_zoo.metrics import error_metrics
+from ndem_zoo.metrics import dataset_metrics
 from ndem_zoo.models.base import Backbone, options_of
 from ndem_zoo.models.potential import EXTENT, Potential
 from ndem_zoo.objectives.base import Objective, SupervisedLoss
@@ -493,7 +493,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         dataset
             Structures with the target, forces or both.
         metrics
-            Names to return; default all of `ndem_zoo.metrics.error_metrics`.
+            Names to return; default all of `ndem_zoo.metrics.dataset_metrics`.
 
         Raises
         ------
@@ -506,7 +506,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         if len(structures) == 0:
             raise DataError("the dataset is empty: it must hold at least one structure")
         check_targets(structures, set(columns) & set(structures.targets))
-        found = error_metrics(columns, structures.targets, structures.z, structures.ptr)
+        found = dataset_metrics(columns, structures)
         if not found:
             raise DataError(f"the dataset has none of {', '.join(columns)} to compare with")
         unknown = [name for name in metrics or [] if name not in found]
