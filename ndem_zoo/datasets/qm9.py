@@ -277,14 +277,14 @@ def _find_list(source: Path, choice: str | os.PathLike, data_dir: Any, download:
     if choice == "keep":
         return None
     if choice != "drop":
-        path = Path(choice)
+        path = Path(choice).expanduser()
         if not path.is_file():
             raise ConfigError(f"uncharacterized={str(choice)!r}; allowed are 'drop', 'keep' and the path of a list")
         return path
     names = (_LIST, *QM9.files[_LIST].aliases)
     beside = find_file(source.parent, names, (*_SUBFOLDERS, "..", "../raw"))
     if beside is not None:
-        return beside
+        return fetch(QM9, _LIST, beside.parent) if beside.name == _LIST else beside
     try:
         folder = source.parent if data_dir is not None and Path(data_dir).is_file() else data_dir
         return fetch(QM9, _LIST, folder, download, subfolders=_SUBFOLDERS)
