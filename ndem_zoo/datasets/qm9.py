@@ -169,7 +169,8 @@ def load_qm9(
         a list or separated by commas. None: all twelve.
     data_dir
         Folder with the files, or one above it, or one file: ``dsgdb9nsd.xyz.tar.bz2`` (downloaded where it is missing),
-        ``gdb9.sdf`` beside ``gdb9.sdf.csv``, or an npz file with ``id N Z R A B C mu ... Cv`` in the official units.
+        ``gdb9.sdf`` beside ``gdb9.sdf.csv``, or an npz file with ``id N Z R A B C mu ... Cv`` in the official units (in a
+        folder: ``qm9.npz``).
         Default: the environment variable NDEM_ZOO_DATA, else the user's cache folder.
     download
         False: never touch the network.
