@@ -295,6 +295,14 @@ def test_the_official_list(folder, tmp_path):
             read_uncharacterized(tmp_path / "list.txt")
 
 
+def test_files_that_are_not_the_official_ones_are_named(folder):
+    with pytest.warns(DataWarning) as caught:
+        load(folder)
+    text = "\n".join(str(warning.message) for warning in caught)
+    for name in ("dsgdb9nsd.xyz.tar.bz2", "uncharacterized.txt"):
+        assert f"is not the official {name} of QM9" in text
+
+
 def test_without_the_list_nothing_is_kept_silently(folder):
     (folder / "uncharacterized.txt").unlink()
     with pytest.raises(DataError, match=r"which 3,054 molecules .*download=False.*'keep' keeps them"):

@@ -309,6 +309,16 @@ def test_what_models_cannot_tell_can_be_allowed():
     assert elements(ConformerGraph()("C[N+](=O)[O-]"))[:4] == [6, 7, 8, 8]  # charged atoms, neutral molecule
 
 
+@pytest.mark.dgl
+def test_a_single_molecule_is_reported_too():
+    featurizer = ConformerGraph(on_failure="drop")
+    with pytest.warns(DataWarning, match=r"molecule 0 \('FB\(F\)F'\): MMFF94 has no parameters for it; UFF was used"):
+        assert elements(featurizer("FB(F)F")) == [9, 5, 9, 9]
+    assert len(featurizer.report_.notes) == 1
+    with pytest.raises(DataError, match="1 of 1 molecules failed"):
+        featurizer("C1CC")
+
+
 def test_atoms_that_overlap_are_a_failure(monkeypatch):
     import ndem_zoo.featurizers.conformer as module
 

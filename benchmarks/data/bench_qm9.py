@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ def main() -> None:
         result = {
             "layout": options.layout,
             "file_MiB": round(source.stat().st_size / 2**20, 1),
-            "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()},
+            "machine": f"{platform.machine()}, Python {platform.python_version()}, torch {version('torch')}",
             "first_time": run(_LOAD, **values),
             "from_cache": run(_LOAD + _EPOCH, **values),
         }

@@ -405,8 +405,11 @@ class MolecularDataset:
         missing = [name for name in names if name not in self.targets]
         if missing:
             raise DataError(f"there is no target {missing[0]!r}; there are {', '.join(self.tasks) or 'none'}")
-        new = object.__new__(type(self))
-        new.__dict__.update(self.__dict__, targets={name: self.targets[name] for name in names}, _graphs=None)
+        whole, chosen = self.origin()
+        new = object.__new__(type(whole))
+        new.__dict__.update(whole.__dict__, targets={name: whole.targets[name] for name in names}, _graphs=None)
+        new = new if chosen is None else new.select(chosen)
+        new.name, new.card, new._featurizer = self.name, self.card, self._featurizer
         return new
 
     # ------------------------------------------------------------------------------------------------------------- items

@@ -169,7 +169,8 @@ def load_qm9(
         a list or separated by commas. None: all twelve.
     data_dir
         Folder with the files, or one above it, or one file: ``dsgdb9nsd.xyz.tar.bz2`` (downloaded where it is missing),
-        ``gdb9.sdf`` beside ``gdb9.sdf.csv``, or an npz file with ``id N Z R A B C mu ... Cv`` in the official units.
+        ``gdb9.sdf`` beside ``gdb9.sdf.csv``, or an npz file with ``id N Z R A B C mu ... Cv`` in the official units (in a
+        folder: ``qm9.npz``).
         Default: the environment variable NDEM_ZOO_DATA, else the user's cache folder.
     download
         False: never touch the network.
@@ -277,14 +278,14 @@ def _find_list(source: Path, choice: str | os.PathLike, data_dir: Any, download:
     if choice == "keep":
         return None
     if choice != "drop":
-        path = Path(choice)
+        path = Path(choice).expanduser()
         if not path.is_file():
             raise ConfigError(f"uncharacterized={str(choice)!r}; allowed are 'drop', 'keep' and the path of a list")
         return path
     names = (_LIST, *QM9.files[_LIST].aliases)
     beside = find_file(source.parent, names, (*_SUBFOLDERS, "..", "../raw"))
     if beside is not None:
-        return beside
+        return fetch(QM9, _LIST, beside.parent) if beside.name == _LIST else beside
     try:
         folder = source.parent if data_dir is not None and Path(data_dir).is_file() else data_dir
         return fetch(QM9, _LIST, folder, download, subfolders=_SUBFOLDERS)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -707,12 +707,6 @@ class StoredSelection(MolecularDataset):
     def select(self, indices: Any) -> MolecularDataset:
         """The structures with these numbers, in this order; nothing is copied. See `MolecularDataset.select`."""
         new = self._store.select(self._index[_integers(indices, len(self))])
-        new.name, new.card, new._featurizer = self.name, self.card, self._featurizer
-        return new
-
-    def with_targets(self, names: Sequence[str]) -> MolecularDataset:
-        """The same data with only these of its targets, in this order. See `MolecularDataset.with_targets`."""
-        new = StoredSelection(self._store.with_targets(names), self._index)
         new.name, new.card, new._featurizer = self.name, self.card, self._featurizer
         return new
 

@@ -164,7 +164,7 @@ class ConformerGraph(Featurizer):
     Attributes
     ----------
     report_ : ConformerReport
-        Of the last `featurize` or `to_dataset`.
+        Of the last call, `featurize` or `to_dataset`.
 
     Raises
     ------
@@ -229,9 +229,8 @@ class ConformerGraph(Featurizer):
         """
         if not _is_molecule(molecule):
             return self.featurize(molecule) if _is_many(molecule) else self._edges(molecule)
-        if self.keep == "all":
-            return self.featurize([molecule])
-        return self.graph(self._structures(self.conformers(molecule))[0])
+        graphs = self.featurize([molecule])
+        return graphs if self.keep == "all" else graphs[0]
 
     def featurize(self, molecules: Any, **_: Any) -> np.ndarray:
         """Graphs of many molecules.
