@@ -129,7 +129,7 @@ def judge(models: dict[str, NDeMModel], splits: Splits, options: DemoOptions) ->
     """Errors on the held-out frames, the parity plot, and NDeM's history."""
     from ndem_zoo import plots, runs
     from ndem_zoo.history import write_history
-    from ndem_zoo.metrics import error_metrics
+    from ndem_zoo.metrics import dataset_metrics
     from ndem_zoo.report import RunSummary
 
     test = splits.test
@@ -137,7 +137,7 @@ def judge(models: dict[str, NDeMModel], splits: Splits, options: DemoOptions) ->
     for objective, model in models.items():
         predictions[NAMES[objective]] = predicted = runs.predict_columns_of(model, test)
         record = runs.run_record(model, splits, _command(options))
-        record["test"] = {"n_structures": len(test)} | error_metrics(predicted, test.targets, test.z, test.ptr)
+        record["test"] = {"n_structures": len(test)} | dataset_metrics(predicted, test)
         summaries[objective] = RunSummary(NAMES[objective], record, model.history_)
     write_history(options.out / "history.csv", models["ndem"].history_)
     if plots.has_matplotlib():

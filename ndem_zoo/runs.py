@@ -419,9 +419,7 @@ def train_run(
     predictions = {name: predict_columns_of(model, part) for name, part in splits.parts().items() if name != "train"}
     for name, predicted in predictions.items():
         part = splits.parts()[name]
-        record[name] = {"n_structures": len(part)} | dataset_metrics(
-            predicted, part.targets, part.z, part.ptr, part.fixed
-        )
+        record[name] = {"n_structures": len(part)} | dataset_metrics(predicted, part)
     record["units"] = units_of(record.get("valid", {}), record.get("test", {}))
     files.save_json(out / "metrics.json", record)
     write_plots(model, splits, predictions, out)

@@ -643,7 +643,6 @@ class StoredDataset(MolecularDataset):
     """
 
     folder: Path
-    folder: Path
     settings: dict[str, Any]
 
     @classmethod
