@@ -201,6 +201,16 @@ def test_a_selection_is_freed_when_it_is_dropped(store):
         gc.enable()
 
 
+def test_fingerprint_block_by_block(store, monkeypatch):
+    from ndem_zoo.runs import fingerprint
+
+    whole = fingerprint(make().select([7, 2, 9, 4]))
+    monkeypatch.setattr(checks, "BLOCK_ATOMS", 9)
+    chosen = store.select([7, 2, 9, 4])
+    assert fingerprint(chosen) == whole != fingerprint(store.select([7, 2, 4, 9]))
+    assert "pos" not in vars(chosen)
+
+
 @pytest.mark.parametrize("at_once", [9, 10**9])
 def test_root_mean_square_block_by_block(store, monkeypatch, at_once):
     monkeypatch.setattr(checks, "BLOCK_ATOMS", at_once)

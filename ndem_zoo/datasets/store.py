@@ -383,9 +383,11 @@ def _locked(folder: Path) -> int:
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(handle)
-        raise ConfigError(f"another process is writing the store in {folder} ({error})") from error
+        raise ConfigError(f"another process is writing the store in {folder}") from error
+    except OSError:  # Choice: some network disks cannot lock; there, nobody is kept out
+        pass
     return handle
 
 
