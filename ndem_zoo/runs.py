@@ -581,8 +581,12 @@ def _rows_of_split(folder: Path, whole: MolecularDataset) -> dict[str, np.ndarra
 
 def fingerprint(dataset: MolecularDataset) -> str:
     """SHA-256 of elements and positions."""
-    digest = hashlib.sha256(np.ascontiguousarray(dataset.z, dtype="<i8").tobytes())
-    digest.update(np.ascontiguousarray(dataset.pos, dtype="<f8").tobytes())
+    from ndem_zoo.datasets.checks import blocks
+
+    digest = hashlib.sha256()
+    for name, dtype in (("z", "<i8"), ("pos", "<f8")):
+        for _, block in blocks(dataset):
+            digest.update(np.ascontiguousarray(getattr(block, name), dtype=dtype).tobytes())
     return digest.hexdigest()
 
 

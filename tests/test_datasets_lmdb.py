@@ -124,7 +124,7 @@ def test_only_these_names_are_known():
 
 
 def read_in_child(records: LmdbRecords, queue: multiprocessing.Queue) -> None:
-    queue.put(records[1]["fid"])
+    queue.put((records[1]["fid"], records._user.owner == os.getpid()))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -136,7 +136,7 @@ def test_every_process_opens_the_file_for_itself(tmp_path, method):
     children = [context.Process(target=read_in_child, args=(records, queue)) for _ in range(2)]
     for child in children:
         child.start()
-    assert [queue.get(timeout=60) for _ in children] == [1, 1]
+    assert [queue.get(timeout=60) for _ in children] == [(1, True)] * 2
     for child in children:
         child.join()
         assert child.exitcode == 0

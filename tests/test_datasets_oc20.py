@@ -115,6 +115,16 @@ def test_is2re(shared_data):
         assert found.extras["y_init"][k] == pytest.approx(float(row[12]), abs=1e-6)
 
 
+def test_is2re_totals(shared_data):
+    folder = shared_data / "oc20"
+    table = json.loads((folder / "oc20_ref_subset.json").read_text())
+    options = {"energy": "total", "reference": folder / "oc20_ref_subset.json"}
+    found, plain = (read_oc20(folder / "fmt" / "is2re_pyg.lmdb", "is2re", **given) for given in (options, {}))
+    reference = np.array([table[f"random{sid}"] for sid in found.ids])
+    np.testing.assert_allclose(found.targets["energy"] - plain.targets["energy"], reference, atol=1e-9)
+    np.testing.assert_allclose(found.extras["y_init"] - plain.extras["y_init"], reference, atol=1e-9)
+
+
 def test_a_folder_of_several_formats(shared_data):
     with pytest.raises(DataError, match=r"several formats \(ase, pyg\)"):
         load_oc20("s2ef", "all", shared_data / "oc20" / "fmt")

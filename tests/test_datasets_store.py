@@ -186,6 +186,39 @@ def test_training_is_the_same_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(*energies)
 
 
+def test_a_selection_is_freed_when_it_is_dropped(store):
+    import gc
+    import weakref
+
+    gc.disable()
+    try:
+        part = store.select([5, 1])
+        forces = weakref.ref(part.targets["forces"])
+        assert forces().shape == (part.ptr[-1], 3)
+        del part
+        assert forces() is None
+    finally:
+        gc.enable()
+
+
+def test_fingerprint_block_by_block(store, monkeypatch):
+    from ndem_zoo.runs import fingerprint
+
+    whole = fingerprint(make().select([7, 2, 9, 4]))
+    monkeypatch.setattr(checks, "BLOCK_ATOMS", 9)
+    chosen = store.select([7, 2, 9, 4])
+    assert fingerprint(chosen) == whole != fingerprint(store.select([7, 2, 4, 9]))
+    assert "pos" not in vars(chosen)
+
+
+@pytest.mark.parametrize("at_once", [9, 10**9])
+def test_root_mean_square_block_by_block(store, monkeypatch, at_once):
+    monkeypatch.setattr(checks, "BLOCK_ATOMS", at_once)
+    for data in (store, store.select([7, 2, 9, 4]), make()):
+        expected = np.sqrt(np.square(np.array(data.targets["forces"])).mean())
+        assert checks.root_mean_square(data, "forces") == pytest.approx(expected, rel=1e-14)
+
+
 def test_opening_and_splitting_costs_no_object_per_structure(tmp_path):
     n, size = 20_000, 4
     rng = np.random.default_rng(0)
@@ -224,6 +257,8 @@ def test_a_checked_store_is_not_checked_again(store, monkeypatch):
         monkeypatch.setattr(checks, name, boom)
     for data in (store, store[2:5], store.select([5, 1])):
         checks.check_structures(data)
+        assert "forces" in data.targets
+        assert not getattr(data.targets, "_known", None)  # asking costs nothing
         checks.check_targets(data, {"energy", "forces"})
 
 

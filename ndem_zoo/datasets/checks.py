@@ -74,6 +74,18 @@ def blocks(dataset: MolecularDataset) -> Iterator[tuple[int, MolecularDataset]]:
         start = stop
 
 
+def root_mean_square(dataset: MolecularDataset, target: str) -> float:
+    """Root mean square of all numbers of a target, block by block."""
+    sums = [(float(np.square(values).mean()), values.size) for values in _values(dataset, target) if values.size]
+    if len(sums) == 1:
+        return float(np.sqrt(sums[0][0]))  # the same bits as without blocks
+    return float(np.sqrt(sum(mean * size for mean, size in sums) / sum(size for _, size in sums)))
+
+
+def _values(dataset: MolecularDataset, target: str) -> Iterator[np.ndarray]:
+    return (block.targets[target] for _, block in blocks(dataset))
+
+
 def check_targets(dataset: MolecularDataset, requires: Iterable[str]) -> None:
     """Raise DataError if labels that are needed are missing, not finite, or certainly in another unit.
 
@@ -108,7 +120,7 @@ def check_targets(dataset: MolecularDataset, requires: Iterable[str]) -> None:
 
 def check_force_units(dataset: MolecularDataset) -> None:
     """Warn, or raise DataError, when the mean length of the forces is too large for eV/Å."""
-    sums = [float(np.linalg.norm(block.targets["forces"], axis=1).sum()) for _, block in blocks(dataset)]
+    sums = [float(np.linalg.norm(forces, axis=1).sum()) for forces in _values(dataset, "forces")]
     mean = sum(sums) / max(1, int(dataset.ptr[-1]))
     hint = "1 kcal/mol/Å = 0.04336 eV/Å, 1 Hartree/Bohr = 51.42 eV/Å; convert with ase.units"
     if mean > IMPOSSIBLE_FORCE:

@@ -414,7 +414,7 @@ def frames_dataset(
         raise DataError(f"{where} holds no structures; needed is one or more")
     has = {name: _present(frames, name, where) for name in Frame.__dataclass_fields__}
     shifts = np.zeros(len(frames))
-    if energy != stored and has["energy"]:
+    if energy != stored and (has["energy"] or has["initial_energy"]):
         references = np.array([_reference_of(frame, reference, k, where) for k, frame in enumerate(frames)])
         shifts = -references if energy == "adsorption" else references
     counts = [len(frame.z) for frame in frames]

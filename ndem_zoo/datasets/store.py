@@ -383,9 +383,11 @@ def _locked(folder: Path) -> int:
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(handle)
-        raise ConfigError(f"another process is writing the store in {folder} ({error})") from error
+        raise ConfigError(f"another process is writing the store in {folder}") from error
+    except OSError:  # Choice: some network disks cannot lock; there, nobody is kept out
+        pass
     return handle
 
 
@@ -698,6 +700,12 @@ class StoredSelection(MolecularDataset):
         self.__dict__.update({name: store.__dict__[name] for name in kept}, _graphs=None)
         self._store, self._index = store, _frozen(index)
         self.ptr = _frozen(np.concatenate([[0], np.cumsum(store.ptr[index + 1] - store.ptr[index])]).astype(np.int64))
+        # Pitfall: were the selection itself in `_Gathered`, the two would keep each other, and what they have gathered,
+        # alive until the garbage is collected.
+        rows = _Rows(store.ptr, self._index, self.ptr)
+        self._rows = rows
+        self.targets: Mapping[str, np.ndarray] = _Gathered(rows, store.targets, store.per_atom)
+        self.extras: Mapping[str, np.ndarray] = _Gathered(rows, store.extras, store.per_atom)
 
     def origin(self) -> tuple[MolecularDataset, np.ndarray]:
         """The store, and the numbers in it."""
@@ -716,55 +724,32 @@ class StoredSelection(MolecularDataset):
     @cached_property
     def z(self) -> np.ndarray:
         """Atomic numbers: (A,)."""
-        return self._gathered(self._store.z, True)
+        return self._rows.gather(self._store.z, True)
 
     @cached_property
     def pos(self) -> np.ndarray:
         """Positions in Å: (A, 3)."""
-        return self._gathered(self._store.pos, True)
+        return self._rows.gather(self._store.pos, True)
 
     @cached_property
     def fixed(self) -> np.ndarray | None:
         """Atoms that must not move: (A,)."""
-        return self._gathered(self._store.fixed, True)
+        return self._rows.gather(self._store.fixed, True)
 
     @cached_property
     def cell(self) -> np.ndarray | None:
         """Cells: (S, 3, 3)."""
-        return self._gathered(self._store.cell, False)
+        return self._rows.gather(self._store.cell, False)
 
     @cached_property
     def pbc(self) -> np.ndarray | None:
         """Periodic directions: (S, 3)."""
-        return self._gathered(self._store.pbc, False)
+        return self._rows.gather(self._store.pbc, False)
 
     @cached_property
     def ids(self) -> np.ndarray:
         """Names: (S,)."""
-        return self._gathered(self._store.ids, False)
-
-    @cached_property
-    def targets(self) -> Mapping[str, np.ndarray]:
-        """Labels, each gathered when it is asked for."""
-        return _Gathered(self, self._store.targets)
-
-    @cached_property
-    def extras(self) -> Mapping[str, np.ndarray]:
-        """Further columns, each gathered when it is asked for."""
-        return _Gathered(self, self._store.extras)
-
-    def _gathered(self, column: np.ndarray | None, per_atom: bool) -> np.ndarray | None:
-        """A column of these structures, in memory."""
-        if column is None:
-            return None
-        if not per_atom:
-            return _frozen(column[self._index])
-        out = np.empty((int(self.ptr[-1]), *column.shape[1:]), dtype=column.dtype)
-        for start in range(0, len(self), _GATHERED_AT_ONCE):
-            chosen = self._index[start : start + _GATHERED_AT_ONCE]
-            rows, _ = _atom_rows(self._store.ptr, chosen)
-            out[self.ptr[start] : self.ptr[start] + len(rows)] = column[rows]
-        return _frozen(out)
+        return self._rows.gather(self._store.ids, False)
 
     def _rows_of(self, name: str, rows: Any) -> np.ndarray:
         """Some rows of a column, without gathering the others."""
@@ -789,17 +774,39 @@ class StoredSelection(MolecularDataset):
         return f"<MolecularDataset {title}{len(self):,} structures, {int(self.ptr[-1]):,} atoms, targets: {targets}, on disk>"
 
 
+class _Rows:
+    """Which rows of a store's columns a selection has."""
+
+    def __init__(self, source: np.ndarray, index: np.ndarray, ptr: np.ndarray) -> None:
+        self.source, self.index, self.ptr = source, index, ptr
+
+    def gather(self, column: np.ndarray | None, per_atom: bool) -> np.ndarray | None:
+        """These rows, in memory."""
+        if column is None:
+            return None
+        if not per_atom:
+            return _frozen(column[self.index])
+        out = np.empty((int(self.ptr[-1]), *column.shape[1:]), dtype=column.dtype)
+        for start in range(0, len(self.index), _GATHERED_AT_ONCE):
+            rows, _ = _atom_rows(self.source, self.index[start : start + _GATHERED_AT_ONCE])
+            out[self.ptr[start] : self.ptr[start] + len(rows)] = column[rows]
+        return _frozen(out)
+
+
 class _Gathered(Mapping):
     """Targets or extras of a selection: gathered when they are asked for, and kept."""
 
-    def __init__(self, selection: StoredSelection, columns: Mapping[str, np.ndarray]) -> None:
-        self._selection, self._columns, self._known = selection, columns, {}
+    def __init__(self, rows: _Rows, columns: Mapping[str, np.ndarray], per_atom: frozenset[str]) -> None:
+        self._rows, self._columns, self._per_atom = rows, columns, per_atom
+        self._known: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._known:
-            is_per_atom = name in self._selection.per_atom
-            self._known[name] = self._selection._gathered(self._columns[name], is_per_atom)
+            self._known[name] = self._rows.gather(self._columns[name], name in self._per_atom)
         return self._known[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns  # Pitfall: a Mapping's own would gather the column to find out
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._columns)
