@@ -61,12 +61,22 @@ class Backbone(nn.Module, ABC):
         Limit on the neighbors of an atom within the cutoff; batches may then be made with fewer edges. None: all count.
     is_smooth : bool
         Whether energies are continuous when atoms cross the cutoff; a limit on neighbors makes them jump all the same.
+    symmetry : float
+        How exactly energies stay and vectors turn when a structure of ordinary size is rotated, relative, in float64 and
+        with the `tiny` options; networks that use grids state what was measured.
+    mirror : bool
+        Whether mirror images have equal energies.
+    rng : torch.Generator or None
+        Where randomness in training mode (dropout) comes from; None: torch's global generator. No part of saved models.
     """
 
     cutoff: float
     max_z: int = MAX_Z + 1
     nearest: Nearest | None = None
     is_smooth: bool = True
+    symmetry: ClassVar[float] = 1e-8
+    mirror: ClassVar[bool] = True
+    rng: torch.Generator | None = None
     tiny: ClassVar[dict[str, Any]]
     #: How the pass is run: ``"eager"``, plain and the reference, or one of `plans`.
     plan: str = "eager"

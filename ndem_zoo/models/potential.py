@@ -151,4 +151,5 @@ class Potential(nn.Module):
 
 
 def _detach(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else None
+    """Tensors, and what a backbone left for its heads, without the graph of derivatives."""
+    return value.detach() if hasattr(value, "detach") else value
