@@ -124,7 +124,7 @@ def their_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def fairchem_model(options: dict[str, Any], same_roll: bool = True) -> nn.ModuleDict:
-    """fairchem's backbone and its two heads; its graph is that of the batch, its rolls ours or its own."""
+    """Backbone and two heads of fairchem; the graph is that of the batch, the rolls are ours or its own."""
     stand_in_scatter()
     from fairchem.core.models.equiformer_v2 import equiformer_v2 as theirs
 
@@ -225,7 +225,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """fairchem makes buffers and rotations in torch's default dtype, whatever the positions have."""
+    """Set torch's default dtype, in which fairchem makes buffers and rotations whatever the positions have."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -244,12 +244,16 @@ def golden_entry(options: dict[str, Any], batch: Batch) -> dict[str, Any]:
     results = evaluate(potential, options, batch, vectors)
     torch.manual_seed(0)
     rolled = evaluate(potential, options, batch, vectors, same_roll=False)
-    spread = {f"{name}_spread_of_rolls": float((rolled[name] - results[name]).abs().max()) for name in ("energy", "forces")}
+    spread = {
+        f"{name}_spread_of_rolls": float((rolled[name] - results[name]).abs().max()) for name in ("energy", "forces")
+    }
     with torch.no_grad():
         ours = potential(batch, node_vectors=vectors)
     for name in ("energy", "forces"):
         error = (getattr(ours, name) - results[name]).abs().max() / results[name].abs().max()
-        print(f"{name}: {error:.1e} off; rolls {spread[f'{name}_spread_of_rolls']:.1e}; up to {results[name].abs().max():.2f}")
+        print(
+            f"{name}: {error:.1e} off; rolls {spread[f'{name}_spread_of_rolls']:.1e}; up to {results[name].abs().max():.2f}"
+        )
     features = results.pop("features")[::5, :, ::5]
     return {"options": options, "features": features.tolist(), **{k: v.tolist() for k, v in results.items()}, **spread}
 

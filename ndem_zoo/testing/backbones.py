@@ -534,7 +534,9 @@ def node_vectors(case: BackboneCase) -> None:
     except ConfigError:
         return
     require_close(turned.scalars, encoded.scalars, case.symmetry, "scalar features with node_vectors")
-    require_close(turned.vectors, torch.einsum("ij,njc->nic", matrix, encoded.vectors), case.symmetry, "vector features")
+    require_close(
+        turned.vectors, torch.einsum("ij,njc->nic", matrix, encoded.vectors), case.symmetry, "vector features"
+    )
     change = float((encoded.scalars - plain.scalars).abs().max())
     require(change > NOT_ZERO, f"node_vectors are accepted, but change the features by {change:.1e} only")
 

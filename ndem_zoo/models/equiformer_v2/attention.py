@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ndem_zoo.graph import Batch, sum_by_index
 from ndem_zoo.models.equiformer_v2 import passes
-from ndem_zoo.models.equiformer_v2.so3 import constant, degrees_of_all, default_resolution, grid_matrices, layout
+from ndem_zoo.models.equiformer_v2.so3 import constant, default_resolution, degrees_of_all, grid_matrices, layout
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class EdgeFeatures(NamedTuple):
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What matrix products of `x` are calculated in: autocast's type where it is on."""
     kind = x.device.type
-    if x.dtype == torch.float64:
-        return x.dtype
+    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     if kind == "cpu":
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else x.dtype
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else x.dtype
@@ -383,7 +383,9 @@ def on_sphere(sizes: Sizes, mmax: int, by_order: bool, y: Tensor, gates: Tensor 
     return passes.SphereActivation.run(passes.Grid(to, back, gates is not None), y, gates)[0]
 
 
-def gated(y: Float[Tensor, "E K C"], gates: Float[Tensor, "E LC"], degrees: Tensor, lmax: int) -> Float[Tensor, "E K C"]:
+def gated(
+    y: Float[Tensor, "E K C"], gates: Float[Tensor, "E LC"], degrees: Tensor, lmax: int
+) -> Float[Tensor, "E K C"]:
     """SiLU of the scalars; degrees above times a sigmoid each. The first row is that of degree 0."""
     gates = torch.sigmoid(gates).unflatten(1, (lmax, -1)).index_select(1, degrees[1:] - 1)
     return torch.cat([F.silu(y[:, :1]), y[:, 1:] * gates], dim=1)

@@ -113,7 +113,8 @@ class EquiformerV2(Backbone):
     Liao, Wood, Das, Smidt, ICLR 2024; options and numbers after fairchem-core 1.10.
     """
 
-    symmetry: ClassVar[float] = 1e-5
+    #: Measured: 4e-10, the largest of 12 rotations (degree 2 on 18 x 18 points).
+    symmetry: ClassVar[float] = 1e-8
     mirror: ClassVar[bool] = False
     tiny: ClassVar[dict] = {
         "num_layers": 2,
@@ -132,6 +133,8 @@ class EquiformerV2(Backbone):
         "average_atoms": 4.0,
         "average_neighbors": 8.0,
         "max_z": 100,
+        "alpha_drop": 0.0,
+        "drop_path_rate": 0.0,
         "smooth_cutoff": True,
         "encode_vectors": True,
     }
@@ -355,7 +358,9 @@ def _check(given: dict[str, Any]) -> None:
     if not 0 <= mmax <= lmax:
         raise ConfigError(f"mmax={mmax}; with lmax={lmax} it must be from 0 to {lmax}")
     if resolution is not None and (resolution % 2 or resolution < 2 * (lmax + 1)):
-        raise ConfigError(f"grid_resolution={resolution}; with lmax={lmax} it must be even and at least {2 * (lmax + 1)}")
+        raise ConfigError(
+            f"grid_resolution={resolution}; with lmax={lmax} it must be even and at least {2 * (lmax + 1)}"
+        )
     if given["num_distance_basis"] < 2:
         raise ConfigError(f"num_distance_basis={given['num_distance_basis']}; it must be at least 2")
     for name in ("alpha_drop", "drop_path_rate"):

@@ -18,14 +18,16 @@ from torch import Tensor
 from ndem_zoo.graph import sum_by_index
 from ndem_zoo.models.equiformer_v2.so3 import Layout, constant
 
-#: Choice: bytes of the largest intermediate tensor of a chunk: on a CPU about what its caches hold, on a GPU what makes
-#: launches negligible.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+#: Choice: bytes of the largest intermediate tensor of a chunk, by type of device: on a CPU, values on grids fit into its
+#: second-level cache, and edges are enough for matrix products at full speed; on a GPU, launches are negligible.
+GRID_BYTES = {"cpu": 5 << 18}
+EDGE_BYTES = {"cpu": 1 << 22}
+MOST_BYTES = 512 << 20
 
 
-def chunks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
+def chunks(rows: int, bytes_per_row: int, limit: dict[str, int], device: torch.device) -> Iterator[slice]:
     """Ranges of rows that are treated together."""
-    step = max(16, CHUNK_BYTES.get(device.type, 512 << 20) // max(bytes_per_row, 1))
+    step = max(16, limit.get(device.type, MOST_BYTES) // max(bytes_per_row, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -83,7 +85,7 @@ def total_of(tensor: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b."""
+    """Add the product a b to `total`, in place."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -99,11 +101,13 @@ def signed_weight(weight: Float[Tensor, "O I"]) -> Float[Tensor, "O 2I"]:
     return torch.cat([torch.cat([real, -imaginary], dim=1), torch.cat([imaginary, real], dim=1)])
 
 
-def signed_weight_gradient(gradient: Float[Tensor, "O 2I"]) -> Float[Tensor, "O I"]:
-    """Gradient by `weight` from that by `signed_weight(weight)`."""
-    top, bottom = gradient.chunk(2)
-    (a, b), (c, d) = top.chunk(2, dim=1), bottom.chunk(2, dim=1)
-    return torch.cat([a + d, c - b])
+def three_weights(weight: Float[Tensor, "O I"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Wr, Wi - Wr and Wr + Wi, with which a product of complex numbers takes three real products instead of four.
+
+    Eq.: with k = Wr (x+ + x-): Wr x+ - Wi x- = k - (Wr + Wi) x- and Wr x- + Wi x+ = k + (Wi - Wr) x+.
+    """
+    real, imaginary = weight.chunk(2)
+    return real.contiguous(), imaginary - real, real + imaginary
 
 
 def so2_ranges(chosen: Layout) -> list[tuple[int, int]]:
@@ -111,7 +115,9 @@ def so2_ranges(chosen: Layout) -> list[tuple[int, int]]:
     return [(start, rows if m == 0 else 2 * rows) for m, (start, rows) in enumerate(chosen.blocks)]
 
 
-def so2_plain(chosen: Layout, width: int, z: Tensor, weight: Tensor, bias: Tensor, *signed: Tensor) -> tuple[Tensor, Tensor]:
+def so2_plain(
+    chosen: Layout, width: int, z: Tensor, weight: Tensor, bias: Tensor, *signed: Tensor
+) -> tuple[Tensor, Tensor]:
     """(E, K_M, I) -> extra scalars (E, X) and (E, K_M, `width`): one matrix per order; extra outputs come first."""
     parts = []
     for (start, rows), matrix in zip(so2_ranges(chosen), (weight, *(signed_weight(w) for w in signed)), strict=True):
@@ -128,59 +134,80 @@ class SO2(NamedTuple):
     width: int
 
 
+def _halves(flat: Tensor, start: int, rows: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Columns of +m and of -m, views of (e, rows channels)."""
+    middle = start + rows
+    return flat[:, start * channels : middle * channels], flat[:, middle * channels : (middle + rows) * channels]
+
+
 def _so2_into(
-    shape: SO2, z: Tensor, weight: Tensor, bias: Tensor, full: list[Tensor], out: Tensor, extra: Tensor | None
+    shape: SO2, z: Tensor, weight: Tensor, bias: Tensor, threes: list[tuple], out: Tensor, extra: Tensor | None
 ) -> None:
     """`so2_plain` of some edges, written into `out` (e, K_M, O) and `extra` (e, X)."""
     flat, result = z.flatten(1), out.flatten(1)
     channels, width = z.shape[-1], shape.width
-    for (start, rows), matrix in zip(so2_ranges(shape.chosen), (weight, *full), strict=True):
-        columns = flat[:, start * channels : (start + rows) * channels]
-        target = result[:, start * width : (start + rows) * width]
-        if start > 0:
-            torch.mm(columns, matrix.T, out=target)
-            continue
-        n_extra = len(weight) - rows * width
-        torch.addmm(bias[n_extra:], columns, weight[n_extra:].T, out=target)
-        if extra is not None:
-            torch.addmm(bias[:n_extra], columns, weight[:n_extra].T, out=extra)
+    rows = shape.chosen.blocks[0][1]
+    n_extra, columns = len(weight) - rows * width, flat[:, : rows * channels]
+    torch.addmm(bias[n_extra:], columns, weight[n_extra:].T, out=result[:, : rows * width])
+    if extra is not None:
+        torch.addmm(bias[:n_extra], columns, weight[:n_extra].T, out=extra)
+    for (start, rows), (real, less, more) in zip(shape.chosen.blocks[1:], threes, strict=True):
+        plus, minus = _halves(flat, start, rows, channels)
+        out_plus, out_minus = _halves(result, start, rows, width)
+        torch.mm(plus + minus, real.T, out=out_plus)
+        out_minus.copy_(out_plus)
+        out_plus.addmm_(minus, more.T, alpha=-1)
+        out_minus.addmm_(plus, less.T)
 
 
 def _so2_backward(
     shape: SO2,
     z: Tensor,
     weight: Tensor,
-    full: list[Tensor],
+    threes: list[tuple],
     g: Tensor,
     g_extra: Tensor | None,
     g_z: Tensor,
-    sums: list[Tensor] | None,
+    sums: list | None,
 ) -> None:
-    """Gradient by `z` of some edges into `g_z`; those by weight, bias and signed matrices are added to `sums`."""
+    """Gradient by `z` of some edges into `g_z`; those by weight, bias and the three of each sign pair added to `sums`."""
     flat, upstream, result = z.flatten(1), g.flatten(1), g_z.flatten(1)
     channels, width = z.shape[-1], shape.width
-    for m, ((start, rows), matrix) in enumerate(zip(so2_ranges(shape.chosen), (weight, *full), strict=True)):
-        columns = flat[:, start * channels : (start + rows) * channels]
-        given = upstream[:, start * width : (start + rows) * width]
-        if m == 0 and g_extra is not None:
-            given = torch.cat([g_extra, given], dim=1)
-        torch.mm(given, matrix, out=result[:, start * channels : (start + rows) * channels])
+    rows = shape.chosen.blocks[0][1]
+    given, columns = upstream[:, : rows * width], flat[:, : rows * channels]
+    if g_extra is not None:
+        given = torch.cat([g_extra, given], dim=1)
+    torch.mm(given, weight, out=result[:, : rows * channels])
+    if sums is not None:
+        add_product(sums[0], given.T, columns)
+        sums[1].add_(given.sum(0))
+    for m, ((start, rows), (real, less, more)) in enumerate(zip(shape.chosen.blocks[1:], threes, strict=True)):
+        plus, minus = _halves(flat, start, rows, channels)
+        g_plus, g_minus = _halves(upstream, start, rows, width)
+        z_plus, z_minus = _halves(result, start, rows, channels)
+        both = g_plus + g_minus
+        torch.mm(both, real, out=z_plus)
+        z_minus.copy_(z_plus)
+        z_plus.addmm_(g_minus, less)
+        z_minus.addmm_(g_plus, more, alpha=-1)
         if sums is not None:
-            add_product(sums[m if m == 0 else m + 1], given.T, columns)
-            if m == 0:
-                sums[1].add_(given.sum(0))
+            for total, a, b in zip(sums[2 + m], (both, g_minus, g_plus), (plus + minus, plus, minus), strict=True):
+                add_product(total, a.T, b)
 
 
-def _so2_sums(weight: Tensor, bias: Tensor, full: list[Tensor], wanted: bool) -> list[Tensor] | None:
+def _so2_sums(weight: Tensor, bias: Tensor, threes: list[tuple], wanted: bool) -> list | None:
     """Zeros to add gradients of the weights to."""
-    return [total_of(w) for w in (weight, bias, *full)] if wanted else None
+    if not wanted:
+        return None
+    return [total_of(weight), total_of(bias), *(tuple(total_of(w) for w in three) for three in threes)]
 
 
-def _so2_gradients(sums: list[Tensor] | None, n: int) -> tuple[Tensor | None, ...]:
+def _so2_gradients(sums: list | None, n: int) -> tuple[Tensor | None, ...]:
     """Gradients by weight, bias and the n signed weights."""
     if sums is None:
         return (None,) * (2 + n)
-    return sums[0], sums[1], *(signed_weight_gradient(value) for value in sums[2:])
+    # Eq.: of the three products, that with Wr + Wi is subtracted.
+    return sums[0], sums[1], *(torch.cat([real - more - less, less - more]) for real, less, more in sums[2:])
 
 
 class SO2Convolution(Recomputed):
@@ -193,14 +220,14 @@ class SO2Convolution(Recomputed):
     @staticmethod
     def quick(constants, z, weight, bias, *signed):
         out = z.new_empty((len(z), constants.chosen.size, constants.width))
-        _so2_into(constants, z, weight, bias, [signed_weight(w) for w in signed], out, None)
+        _so2_into(constants, z, weight, bias, [three_weights(w) for w in signed], out, None)
         return (out,)
 
     @staticmethod
     def quick_backward(constants, needs, gradients, z, weight, bias, *signed):
-        full, g_z = [signed_weight(w) for w in signed], torch.empty_like(z)
-        sums = _so2_sums(weight, bias, full, any(needs[1:]))
-        _so2_backward(constants, z, weight, full, gradients[0].contiguous(), None, g_z, sums)
+        threes, g_z = [three_weights(w) for w in signed], torch.empty_like(z)
+        sums = _so2_sums(weight, bias, threes, any(needs[1:]))
+        _so2_backward(constants, z, weight, threes, gradients[0].contiguous(), None, g_z, sums)
         return g_z, *_so2_gradients(sums, len(signed))
 
 
@@ -223,7 +250,7 @@ class EdgeConvolution(Recomputed):
     def plain(constants, x, wigner, hidden, radial_weight, radial_bias, weight, bias, *signed):
         shape, src, dst = constants
         pairs = torch.cat([x.index_select(0, src), x.index_select(0, dst)], dim=-1)  # (E, K, 2C)
-        radial = F.linear(hidden, radial_weight, radial_bias).reshape(len(src), shape.chosen.n_radial, -1)
+        radial = F.linear(hidden, radial_weight, radial_bias).unflatten(1, (shape.chosen.n_radial, 2 * x.shape[-1]))
         index = constant(shape.chosen.radial, torch.long, x.device)
         z = torch.bmm(wigner, pairs) * radial.index_select(1, index)  # (E, K_M, 2C)
         extra, out = so2_plain(*shape, z, weight, bias, *signed)
@@ -231,32 +258,34 @@ class EdgeConvolution(Recomputed):
 
     @staticmethod
     def quick(constants, x, wigner, hidden, radial_weight, radial_bias, weight, bias, *signed):
-        shape, full = constants.shape, [signed_weight(w) for w in signed]
+        shape, threes = constants.shape, [three_weights(w) for w in signed]
         n_edges = len(constants.src)
         out = x.new_empty((n_edges, shape.chosen.size, shape.width))
         extra = x.new_empty((n_edges, len(weight) - shape.chosen.blocks[0][1] * shape.width))
         for rows in _edge_chunks(constants, x):
             z, radial = _rotated(constants, rows, x, wigner, hidden, radial_weight, radial_bias)
             _scale(shape.chosen, z, radial)
-            _so2_into(shape, z, weight, bias, full, out[rows], extra[rows])
+            _so2_into(shape, z, weight, bias, threes, out[rows], extra[rows])
         return out, extra
 
     @staticmethod
-    def quick_backward(constants, needs, gradients, x, wigner, hidden, radial_weight, radial_bias, weight, bias, *signed):
+    def quick_backward(
+        constants, needs, gradients, x, wigner, hidden, radial_weight, radial_bias, weight, bias, *signed
+    ):
         (shape, src, dst), channels = constants, x.shape[-1]
-        full = [signed_weight(w) for w in signed]
+        threes = [three_weights(w) for w in signed]
         g_x, g_hidden = total_of(x), torch.empty_like(hidden)
         g_wigner = torch.empty_like(wigner) if needs[1] else None
         trains = any(needs[3:])
         g_radial = [total_of(radial_weight), total_of(radial_bias)] if trains else [None, None]
-        sums = _so2_sums(weight, bias, full, trains)
+        sums = _so2_sums(weight, bias, threes, trains)
         for rows in _edge_chunks(constants, x):
             z, radial = _rotated(constants, rows, x, wigner, hidden, radial_weight, radial_bias)
             rotated = z.clone()
             _scale(shape.chosen, z, radial)
             g_z = torch.empty_like(z)
             _so2_backward(
-                shape, z, weight, full, gradients[0][rows].contiguous(), gradients[1][rows], g_z, sums
+                shape, z, weight, threes, gradients[0][rows].contiguous(), gradients[1][rows], g_z, sums
             )  # fmt: skip
             g_weights = _by_radial(shape.chosen, rotated.mul_(g_z)).flatten(1)
             torch.mm(g_weights, radial_weight, out=g_hidden[rows])
@@ -268,15 +297,16 @@ class EdgeConvolution(Recomputed):
                 pairs = torch.cat([x.index_select(0, src[rows]), x.index_select(0, dst[rows])], dim=-1)
                 g_wigner[rows] = torch.bmm(g_z, pairs.transpose(1, 2))
             g_pairs = torch.bmm(wigner[rows].transpose(1, 2), g_z).to(g_x.dtype)
-            g_x.index_add_(0, src[rows], g_pairs[..., :channels])
-            g_x.index_add_(0, dst[rows], g_pairs[..., channels:])
+            # Pitfall: adding rows that are not contiguous is many times slower.
+            g_x.index_add_(0, src[rows], g_pairs[..., :channels].contiguous())
+            g_x.index_add_(0, dst[rows], g_pairs[..., channels:].contiguous())
         return g_x, g_wigner, g_hidden, *g_radial, *_so2_gradients(sums, len(signed))
 
 
 def _edge_chunks(constants: Edges, x: Tensor) -> Iterator[slice]:
     """Ranges of edges, by the size of their rotated pairs."""
     bytes_per_row = constants.shape.chosen.size * 2 * x.shape[-1] * x.element_size()
-    return chunks(len(constants.src), bytes_per_row, x.device)
+    return chunks(len(constants.src), bytes_per_row, EDGE_BYTES, x.device)
 
 
 def _rotated(constants, rows, x, wigner, hidden, radial_weight, radial_bias) -> tuple[Tensor, Tensor]:
@@ -317,10 +347,9 @@ class Grid(NamedTuple):
     separable: bool
 
 
-def silu_slope(x: Tensor) -> Tensor:
-    """Derivative of SiLU; `x` is overwritten."""
-    gate = torch.sigmoid(x)
-    return x.mul_(1 - gate).add_(1).mul_(gate)
+def silu_backward(g: Tensor, x: Tensor) -> Tensor:
+    """`g` times the derivative of SiLU at `x`, in one pass."""
+    return torch.ops.aten.silu_backward(g, x)
 
 
 class SphereActivation(Recomputed):
@@ -353,10 +382,10 @@ class SphereActivation(Recomputed):
         first = 1 if constants.separable else 0
         g_y = torch.empty_like(y)
         for rows in _grid_chunks(constants, y):
-            slope = silu_slope(to @ y[rows].transpose(0, 1).flatten(1))
-            slope.mul_(back[:, first:] @ g[rows, first:].transpose(0, 1).flatten(1))
-            g_y[rows] = (to.T @ slope).unflatten(1, (-1, y.shape[-1])).transpose(0, 1)
-        return g_y, silu_slope(gates.clone()).mul_(g[:, 0]) if constants.separable else None
+            values = to @ y[rows].transpose(0, 1).flatten(1)
+            upstream = back[:, first:] @ g[rows, first:].transpose(0, 1).flatten(1)
+            g_y[rows] = (to.T @ silu_backward(upstream, values)).unflatten(1, (-1, y.shape[-1])).transpose(0, 1)
+        return g_y, silu_backward(g[:, 0], gates) if constants.separable else None
 
 
 class SphereNetwork(Recomputed):
@@ -383,16 +412,16 @@ class SphereNetwork(Recomputed):
             first = _on_points(constants.to, y[rows])
             shape = first.shape
             values = F.silu(first).flatten(0, 1)
-            g = silu_slope(values @ weight.T)
-            g.mul_(_on_points(constants.back, gradients[0][rows]).flatten(0, 1))
+            upstream = _on_points(constants.back, gradients[0][rows]).flatten(0, 1)
+            g = silu_backward(upstream, values @ weight.T)
             add_product(g_weight, g.T, values)
-            g_y[rows] = _on_points(constants.to.T, (g @ weight).unflatten(0, shape[:2]).mul_(silu_slope(first)))
+            g_y[rows] = _on_points(constants.to.T, silu_backward((g @ weight).unflatten(0, shape[:2]), first))
         return g_y, g_weight
 
 
 def _grid_chunks(constants: Grid, y: Tensor) -> Iterator[slice]:
     """Ranges of edges or atoms, by the size of their grids."""
-    return chunks(len(y), len(constants.to) * y.shape[-1] * y.element_size(), y.device)
+    return chunks(len(y), len(constants.to) * y.shape[-1] * y.element_size(), GRID_BYTES, y.device)
 
 
 def _on_points(matrix: Tensor, y: Tensor) -> Tensor:
@@ -453,4 +482,4 @@ def _weighted(values: Tensor, attention: Tensor) -> Tensor:
 
 def _value_chunks(values: Tensor) -> Iterator[slice]:
     """Ranges of edges, by the size of their values."""
-    return chunks(len(values), values[0].numel() * values.element_size() if len(values) else 1, values.device)
+    return chunks(len(values), values.shape[1:].numel() * values.element_size(), EDGE_BYTES, values.device)

@@ -63,7 +63,9 @@ class Layout:
     @property
     def scales(self) -> tuple[float, ...]:
         """sqrt((2l+1)/(2M+1)) for degrees of which orders are left out, 1 for the others."""
-        return tuple(math.sqrt((2 * degree + 1) / (2 * self.mmax + 1)) if degree > self.mmax else 1.0 for degree in self.degrees)
+        return tuple(
+            math.sqrt((2 * degree + 1) / (2 * self.mmax + 1)) if degree > self.mmax else 1.0 for degree in self.degrees
+        )
 
 
 @lru_cache(maxsize=64)
