@@ -23,6 +23,7 @@ CORE = [
     "scikit-learn>=1.3",
     "ase>=3.25",
     "vesin>=0.3",
+    "e3nn>=0.5.1",
     "pytorch-lightning>=2.4,<2.6",  # brings lightning_fabric; with 2.6 SchNetPack's spktrain fails after training
     "safetensors>=0.4",
     "pooch>=1.8",

@@ -23,14 +23,17 @@ if TYPE_CHECKING:
     from ndem_zoo.ensemble import Ensemble
     from ndem_zoo.featurizers.conformer import ConformerGraph
     from ndem_zoo.featurizers.radius import RadiusGraph
+    from ndem_zoo.models.equiformer_v2.model import EquiformerV2, NDeMEquiformerV2
     from ndem_zoo.models.estimator import NDeMModel
     from ndem_zoo.models.torchmd_net import NDeMTorchMDNet, TorchMDNet
 
 _HOME = {
     "ConformerGraph": "featurizers.conformer",
     "Ensemble": "ensemble",
+    "EquiformerV2": "models.equiformer_v2.model",
     "MolecularDataset": "datasets.base",
     "NDeMCalculator": "calculator",
+    "NDeMEquiformerV2": "models.equiformer_v2.model",
     "NDeMModel": "models.estimator",
     "NDeMTorchMDNet": "models.torchmd_net",
     "RadiusGraph": "featurizers.radius",

@@ -11,10 +11,12 @@ from typing import Any
 from ndem_zoo.errors import ConfigError
 
 BACKBONES: dict[str, str] = {
+    "equiformer_v2": "ndem_zoo.models.equiformer_v2.model:EquiformerV2",
     "torchmd_net": "ndem_zoo.models.torchmd_net:TorchMDNet",
 }
 
 MODELS: dict[str, str] = {
+    "NDeMEquiformerV2": "ndem_zoo.models.equiformer_v2.model:NDeMEquiformerV2",
     "NDeMTorchMDNet": "ndem_zoo.models.torchmd_net:NDeMTorchMDNet",
 }
 

@@ -302,11 +302,13 @@ class Run:
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The terms of a batch, with the randomness of this step."""
-        seed = step_seed(self.settings.seed, self.state.step)
-        self.rng.manual_seed(seed)
+        self.rng.manual_seed(step_seed(self.settings.seed, self.state.step))
         self.objective.progress = self.progress
-        with seeded(seed, self.fabric.device) if self.potential.backbone.is_random else contextlib.nullcontext():
+        self.potential.backbone.rng = self.rng
+        try:
             return self.module(StepInputs(batch, self.rng))
+        finally:
+            self.potential.backbone.rng = None
 
     def backward(self, loss: Tensor) -> None:
         """The gradient of the loss."""
@@ -626,17 +628,10 @@ def _prepare(directory: Path, resume: bool) -> None:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Draw from torch's global generators with a seed of one's own, and leave them as they were.
-
-    New layers and dropout know no others: those of the CPU and, if it is another one, of `device`.
-    """
-    is_cuda = device is not None and device.type == "cuda"
-    with _DRAWING, torch.random.fork_rng(devices=[device] if is_cuda else []):
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from torch's global generator with a seed of one's own, and leave it as it was: new layers know no other."""
+    with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # Pitfall: torch.manual_seed would seed the GPUs' generators for good
-        if is_cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
         yield
 
 

@@ -1093,11 +1093,12 @@ def test_biases_and_norms_do_not_decay():
 class Dropping(TorchMDNet):
     """Forgets half of its scalars while training."""
 
-    is_random = True
-
     def forward(self, batch, node_vectors=None):
         features = super().forward(batch, node_vectors)
-        return features._replace(scalars=torch.nn.functional.dropout(features.scalars, 0.5, self.training))
+        if not self.training:
+            return features
+        kept = torch.rand(features.scalars.shape, generator=self.rng) < 0.5
+        return features._replace(scalars=2.0 * kept * features.scalars)
 
 
 def test_dropout_is_part_of_what_the_seed_decides(train_set, monkeypatch, tmp_path):

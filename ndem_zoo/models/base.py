@@ -61,15 +61,22 @@ class Backbone(nn.Module, ABC):
         Limit on the neighbors of an atom within the cutoff; batches may then be made with fewer edges. None: all count.
     is_smooth : bool
         Whether energies are continuous when atoms cross the cutoff; a limit on neighbors makes them jump all the same.
-    is_random : bool
-        Whether it draws from torch's global generator in training mode (dropout), which is then seeded for every step.
+    symmetry : float
+        How exactly energies stay and vectors turn when a structure of ordinary size is rotated, relative, in float64 and
+        with the `tiny` options; networks that use grids state what was measured.
+    mirror : bool
+        Whether mirror images have equal energies.
+    rng : torch.Generator or None
+        Where randomness in training mode (dropout) comes from; None: torch's global generator. No part of saved models.
     """
 
     cutoff: float
     max_z: int = MAX_Z + 1
     nearest: Nearest | None = None
     is_smooth: bool = True
-    is_random: bool = False
+    symmetry: ClassVar[float] = 1e-8
+    mirror: ClassVar[bool] = True
+    rng: torch.Generator | None = None
     tiny: ClassVar[dict[str, Any]]
     #: Published sets of options by name; `from_preset` and the option ``preset`` of an estimator take them.
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -77,6 +84,10 @@ class Backbone(nn.Module, ABC):
     plan: str = "eager"
     #: Plans that this backbone has; all give the same numbers.
     plans: ClassVar[tuple[str, ...]] = ("eager",)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have no generator: two networks must not draw from one."""
+        return self.__dict__ | {"rng": None}
 
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> Backbone:

@@ -186,7 +186,8 @@ class Potential(nn.Module):
 
 
 def _detach(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else None
+    """Tensors, and what a backbone left for its heads, without the graph of derivatives."""
+    return value.detach() if hasattr(value, "detach") else value
 
 
 def from_center_of_mass(batch: Batch) -> Float[Tensor, "N 3"]:

@@ -1,0 +1,1 @@
+"""EquiformerV2: `so3` (rotations, grids), `passes` (the heavy steps), `attention` (layers), `model` (backbone, heads)."""
