@@ -703,7 +703,7 @@ class StoredSelection(MolecularDataset):
         # Pitfall: were the selection itself in `_Gathered`, the two would keep each other, and what they have gathered,
         # alive until the garbage is collected.
         rows = _Rows(store.ptr, self._index, self.ptr)
-        self._rows = rows
+        self._chosen = rows
         self.targets: Mapping[str, np.ndarray] = _Gathered(rows, store.targets, store.per_atom)
         self.extras: Mapping[str, np.ndarray] = _Gathered(rows, store.extras, store.per_atom)
 
@@ -724,32 +724,32 @@ class StoredSelection(MolecularDataset):
     @cached_property
     def z(self) -> np.ndarray:
         """Atomic numbers: (A,)."""
-        return self._rows.gather(self._store.z, True)
+        return self._chosen.gather(self._store.z, True)
 
     @cached_property
     def pos(self) -> np.ndarray:
         """Positions in Å: (A, 3)."""
-        return self._rows.gather(self._store.pos, True)
+        return self._chosen.gather(self._store.pos, True)
 
     @cached_property
     def fixed(self) -> np.ndarray | None:
         """Atoms that must not move: (A,)."""
-        return self._rows.gather(self._store.fixed, True)
+        return self._chosen.gather(self._store.fixed, True)
 
     @cached_property
     def cell(self) -> np.ndarray | None:
         """Cells: (S, 3, 3)."""
-        return self._rows.gather(self._store.cell, False)
+        return self._chosen.gather(self._store.cell, False)
 
     @cached_property
     def pbc(self) -> np.ndarray | None:
         """Periodic directions: (S, 3)."""
-        return self._rows.gather(self._store.pbc, False)
+        return self._chosen.gather(self._store.pbc, False)
 
     @cached_property
     def ids(self) -> np.ndarray:
         """Names: (S,)."""
-        return self._rows.gather(self._store.ids, False)
+        return self._chosen.gather(self._store.ids, False)
 
     def _rows_of(self, name: str, rows: Any) -> np.ndarray:
         """Some rows of a column, without gathering the others."""
