@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ndem_zoo import checkpoint as files
 from ndem_zoo.datasets.base import MolecularDataset
-from ndem_zoo.errors import ConfigError, DataError, FileFormatError, NotFittedError, UnitsWarning
+from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError, NotFittedError, UnitsWarning
 from ndem_zoo.models import estimator as module
 from ndem_zoo.models.torchmd_net import NDeMTorchMDNet
 from ndem_zoo.objectives.ndem import NDeMOptions
@@ -976,3 +976,21 @@ def test_a_model_from_before_there_were_targets(fitted, test_set, tmp_path):
     files.save_tensors(weights, tensors)
     loaded = NDeMTorchMDNet.load(tmp_path / "model")
     assert_same_predictions(loaded.predict(test_set), fitted.predict(test_set))
+
+
+def test_unknown_elements_on_request(fitted, train_set, tmp_path):
+    strange = MolecularDataset(**{**train_set[:2].columns(), "z": np.where(train_set[:2].z == 8, 16, train_set[:2].z)})
+    with pytest.raises(DataError, match=r"structure 0: atom \d is S, which the model has not been trained on"):
+        fitted.predict(strange)
+    lenient = estimator(unknown_elements="warn").fit(train_set)
+    with pytest.warns(DataWarning, match="is S, which the model has not been trained on; it knows H, C, O"):
+        energy = lenient.predict(strange)["energy"]
+    assert np.isfinite(energy).all()
+    beyond = MolecularDataset(**{**strange.columns(), "z": np.where(strange.z == 16, 100, strange.z)})
+    with (
+        pytest.raises(DataError, match="atomic number 100; this backbone knows those below 100"),
+        pytest.warns(DataWarning),
+    ):
+        lenient.predict(beyond)
+    with pytest.raises(ConfigError, match="unknown_elements='ignore'; allowed are 'error' and 'warn'"):
+        estimator(unknown_elements="ignore").fit(train_set)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,8 +24,8 @@ from ndem_zoo import registry
 from ndem_zoo._version import __version__
 from ndem_zoo.card import model_card
 from ndem_zoo.datasets.base import MolecularDataset, as_dataset
-from ndem_zoo.datasets.checks import check_structures, check_targets
-from ndem_zoo.errors import ConfigError, DataError, FileFormatError, NotFittedError
+from ndem_zoo.datasets.checks import check_structures, check_targets, root_mean_square
+from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError, NotFittedError
 from ndem_zoo.history import read_history, write_history
 from ndem_zoo.inference import predict_columns
 from ndem_zoo.metrics import dataset_metrics
@@ -98,6 +99,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
     plan : str
         How the network is run, with the same results to rounding: ``"eager"`` (plain operations), ``"fused"`` (hand-written
         derivatives, on a CPU in native code) or ``"auto"`` (fused on a CPU where the backbone has it, else eager).
+    unknown_elements : str
+        What to do with structures to predict, or to validate on, that contain elements without training data: ``"error"``,
+        or ``"warn"``. Their embeddings are as they were drawn, and their reference energies 0.
     progress : bool
         Whether `fit` shows progress.
 
@@ -159,6 +163,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         validate_every: int | None = None,
         prefetch: bool | None = None,
         plan: str = "auto",
+        unknown_elements: str = "error",
         progress: bool = True,
     ) -> None:
         self.preset = preset
@@ -197,6 +202,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.validate_every = validate_every
         self.prefetch = prefetch
         self.plan = plan
+        self.unknown_elements = unknown_elements
         self.progress = progress
 
     # --------------------------------------------------------------------------------------------------- training
@@ -347,7 +353,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 check_structures(columns)
                 check_targets(columns, requires)
                 known = [chemical_symbols[number] for number in np.unique(columns.z)] if known is None else known
-                check_known_elements(columns.z, columns.ptr, known)
+                check_known_elements(columns.z, columns.ptr, known, self.unknown_elements)
             except DataError as error:
                 raise DataError(f"{name} set, {error}") from error
             checked.append(columns)
@@ -527,7 +533,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         potential = self._fitted()
         structures = as_dataset(dataset)
         check_structures(structures)
-        check_known_elements(structures.z, structures.ptr, self.reference_)
+        check_known_elements(structures.z, structures.ptr, self.reference_, self.unknown_elements)
+        _check_table(structures, potential.backbone)
         potential.to(torch_device(self.device)).backbone.use_plan(self._plan(), torch_device(self.device))
         return predict_columns(potential, structures, self.resolved_["settings"]["eval_batch_size"]), structures
 
@@ -645,7 +652,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.resolved_, self.potential_, self.objective_ = resolved, potential.eval(), objective
 
 
-def check_known_elements(z: np.ndarray, ptr: np.ndarray, known: Iterable[str]) -> None:
+def check_known_elements(z: np.ndarray, ptr: np.ndarray, known: Iterable[str], action: str = "error") -> None:
     """Raise DataError for an element that a model has not seen: its weights and reference energy would mean nothing.
 
     Parameters
@@ -656,16 +663,23 @@ def check_known_elements(z: np.ndarray, ptr: np.ndarray, known: Iterable[str]) -
         Where each structure begins and ends.
     known
         Chemical symbols of the training data.
+    action
+        ``"error"``, or ``"warn"`` for a `DataWarning` instead.
     """
+    if action not in ("error", "warn"):
+        raise ConfigError(f"unknown_elements={action!r}; allowed are 'error' and 'warn'")
     known = sorted(atomic_numbers[symbol] for symbol in known)
     bad = np.flatnonzero(~np.isin(z, known))
     if len(bad):
         index = int(np.searchsorted(ptr, bad[0], side="right") - 1)
         names = ", ".join(chemical_symbols[number] for number in known)
-        raise DataError(
+        message = (
             f"structure {index}: atom {bad[0] - ptr[index]} is {chemical_symbols[z[bad[0]]]}, which the model has not been "
             f"trained on; it knows {names}"
         )
+        if action == "error":
+            raise DataError(message)
+        warnings.warn(message, DataWarning, stacklevel=3)
 
 
 def _check_table(dataset: MolecularDataset, backbone: Backbone) -> None:
@@ -767,7 +781,7 @@ def _scale(train_set: MolecularDataset, target: str, reference: np.ndarray, want
     if wanted not in ("force_rms", "target_std"):
         raise ConfigError(f"scale={wanted!r}; allowed are a number in eV, 'force_rms' and 'target_std'")
     if wanted == "force_rms" and "forces" in train_set.targets and target == "energy":
-        value = float(np.sqrt(np.square(train_set.targets["forces"]).mean()))
+        value = root_mean_square(train_set, "forces")
     elif target in train_set.targets:
         atoms = reference[train_set.z]
         if property_of(target).readout == "spatial_extent":
