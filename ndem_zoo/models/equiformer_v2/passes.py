@@ -21,7 +21,7 @@ from ndem_zoo.models.equiformer_v2.so3 import Layout, constant
 
 #: Choice: bytes of the largest intermediate tensor of a chunk, by type of device: on a CPU, values on grids fit into its
 #: second-level cache, and edges are enough for matrix products at full speed; on a GPU, launches are negligible.
-GRID_BYTES = {"cpu": 5 << 18}
+GRID_BYTES = {"cpu": 5 << 19}
 EDGE_BYTES = {"cpu": 1 << 22}
 MOST_BYTES = 512 << 20
 
