@@ -16,7 +16,7 @@ from e3nn import o3
 
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Nearest, make_batch
-from ndem_zoo.models.equiformer_v2 import passes, so3
+from ndem_zoo.models.equiformer_v2 import passes, products, so3
 from ndem_zoo.models.equiformer_v2.attention import SphereLayerNorm, SphereRMSNorm, neighbor_softmax
 from ndem_zoo.models.equiformer_v2.model import EquiformerV2, fade, gaussians
 from ndem_zoo.models.equiformer_v2.presets import PRESETS
@@ -289,6 +289,25 @@ def test_steps_in_chunks_equal_plain_ones(step, constants, tensors, monkeypatch)
     for one, other in zip((*quick, *found), (*plain, *expected), strict=True):
         assert other.abs().max() > 1e-3
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_products_are_those_of_float64(enabled):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(37, 90), (90, 51), (51,)]
+    a, b, bias = (torch.randn(shape, generator=generator, dtype=F64) for shape in shapes)
+    x, y = a.float(), b.float()
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        found = {
+            "a b": products.product(x, y),
+            "a b, transposes": products.product(x.T.contiguous().T, y.T.contiguous().T),
+            "a b, strided": products.product(torch.cat([x, x], dim=1)[:, 90:], y),
+            "linear": products.linear(x, y.T.contiguous(), bias.float()) - bias.float(),
+        }
+    for name, value in found.items():
+        assert float((value - a @ b).norm() / (a @ b).norm()) < 1e-6, name
+    assert products.product(x[:0], y).shape == (0, 51)
+    assert torch.equal(products.product(a, b), torch.nn.functional.linear(a, b.T))
 
 
 def test_second_derivatives_of_a_step():
