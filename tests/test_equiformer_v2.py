@@ -17,7 +17,7 @@ from e3nn import o3
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Nearest, make_batch
 from ndem_zoo.models.equiformer_v2 import passes, products, so3
-from ndem_zoo.models.equiformer_v2.attention import SphereLayerNorm, SphereRMSNorm, neighbor_softmax
+from ndem_zoo.models.equiformer_v2.attention import SphereLayerNorm, SphereRMSNorm, neighbor_softmax, undecayed
 from ndem_zoo.models.equiformer_v2.model import EquiformerV2, fade, gaussians
 from ndem_zoo.models.equiformer_v2.presets import PRESETS
 from ndem_zoo.models.potential import Potential
@@ -335,6 +335,16 @@ def test_norms_by_hand():
         torch.testing.assert_close(rms(x)[atom, 0], centered * scale)
 
 
+def test_what_is_not_decayed():
+    potential = potential_of("direct")
+    names = undecayed(potential)
+    kept = {name.split(".")[-1] for name, _ in potential.named_parameters() if name not in names}
+    assert kept == {"weight", "alpha_dot"}
+    assert {"backbone.norm.affine_weight", "backbone.norm.norm_l0.weight", "force_head.ga.alpha_norm.weight"} <= names
+    assert "backbone.blocks.0.ga.so2_conv_1.fc_m0.bias" in names
+    assert not any("embedding.weight" in name or ("fc_m" in name and name.endswith("weight")) for name in names)
+
+
 def test_radial_functions():
     values = gaussians(torch.tensor([0.0, 3.0], dtype=F64), 12.0, 5)  # centers 0, 3, ..., 12; standard deviation 6
     assert values[1].tolist() == pytest.approx([math.exp(-0.5 * (k / 2) ** 2) for k in (1, 0, 1, 2, 3)], abs=1e-15)
@@ -442,7 +452,7 @@ def test_gradient_forces_of_a_molecule_with_edges_along_the_axes():
         for step in (2, 1, -1, -2):
             moved = batch.pos.clone()
             moved[index] += step * h
-            energies.append(float(potential(batch.replace(pos=moved), need_forces=False).energy))
+            energies.append(potential(batch.replace(pos=moved), need_forces=False).energy.item())
         slope = np.dot([-1, 8, -8, 1], energies) / (12 * h)
         assert forces[index].item() == pytest.approx(-slope, abs=1e-7 * float(forces.abs().max()) + 1e-9)
 

@@ -62,7 +62,10 @@ def frames(folder: Path) -> list[Any]:
     """OC20 frames, those of about 80 atoms first."""
     from ase.io import read
 
-    with lzma.open(folder / "s2ef_mini100" / "0.extxyz.xz", "rt") as file:
+    path = folder / "s2ef_mini100" / "0.extxyz.xz"
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist: give the folder of OC20 samples as --data-dir")
+    with lzma.open(path, "rt") as file:
         return sorted(read(file, ":", format="extxyz"), key=lambda atoms: abs(len(atoms) - ATOMS))
 
 
