@@ -44,7 +44,7 @@ from ndem_zoo.models.potential import Potential  # noqa: E402
 #: What issue and design ask for: times as fast, share of the memory, milliseconds a frame.
 FASTER, MEMORY, GRAPH_MS = 2.0, 0.6, 6.0
 #: Largest relative difference of energies, forces and of gradients of all weights, in float32.
-AGREEMENT = {"energy": 1e-5, "forces": 1e-5, "gradients": 1e-4}
+AGREEMENT = {"energy": 1e-5, "forces": 3e-5, "gradients": 1e-4}
 ATOMS = 80
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 BASELINES: dict[str, dict[str, str]] = {"shipped": {}, "allocator": ALLOCATOR}
