@@ -388,7 +388,7 @@ def test_fixed_atoms_survive_dgl(dgl):
     """OC20's slabs: which atoms must not move has to come back from a batched graph."""
     z, pos = np.array([1, 8, 1]), np.array([[0.0, 0, 0], [0, 0, 1.0], [0, 1.0, 1.0]])
     fixed = np.array([True, False, True])
-    src, dst, _ = graph.neighbor_list(pos, 5.0)
+    src, dst, shift = graph.neighbor_list(pos, 5.0)
     one = graph.to_dgl(z, pos, src, dst, shift, fixed=fixed)
     batch = graph.from_dgl(dgl.batch([one, one]), cutoff=5.0)
     assert batch.fixed.tolist() == [*fixed, *fixed]
