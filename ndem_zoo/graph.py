@@ -251,9 +251,7 @@ def nearest_edges(
         The limit. Strict: see `TIE`; not strict: see `DEGENERATE`.
     """
     limit, strict = nearest
-    order = torch.argsort(src)
-    for key in (torch.round(distance.double() / TIE) if strict else distance, dst):
-        order = order.index_select(0, torch.argsort(key.index_select(0, order), stable=True))
+    order = _by_center_and_distance(distance, src, dst, n_atoms, strict)
     center = dst.index_select(0, order)
     degree = torch.zeros(n_atoms, dtype=torch.long, device=dst.device).index_add_(0, dst, torch.ones_like(dst))
     first = torch.cumsum(degree, 0) - degree  # where the edges of a center begin
@@ -265,6 +263,18 @@ def nearest_edges(
         bound.index_copy_(0, center[place == limit], square[place == limit] + DEGENERATE)
         kept = square <= bound.index_select(0, center)
     return torch.zeros_like(kept).index_copy_(0, order, kept)
+
+
+def _by_center_and_distance(distance: Tensor, src: Tensor, dst: Tensor, n_atoms: int, strict: bool) -> Tensor:
+    """Order (E,) of the edges by center, then length (in steps of `TIE` if strict), then neighbor."""
+    if strict and n_atoms <= 1 << 19:  # all three in one number: one search for the order instead of three
+        steps = torch.round(distance.double() / TIE).clamp(max=(1 << 20) - 1).long()  # up to 100 Å
+        key = (dst << 39) | (steps << 19) | src
+        return torch.from_numpy(np.argsort(key.numpy())) if key.device.type == "cpu" else torch.argsort(key)
+    order = torch.argsort(src)
+    for key in (torch.round(distance.double() / TIE) if strict else distance, dst):
+        order = order.index_select(0, torch.argsort(key.index_select(0, order), stable=True))
+    return order
 
 
 def within(batch: Batch, cutoff: float, nearest: Nearest | None = None) -> Batch:

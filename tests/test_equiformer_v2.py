@@ -16,8 +16,8 @@ from e3nn import o3
 
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Nearest, make_batch
-from ndem_zoo.models.equiformer_v2 import passes, so3
-from ndem_zoo.models.equiformer_v2.attention import SphereLayerNorm, SphereRMSNorm, neighbor_softmax
+from ndem_zoo.models.equiformer_v2 import passes, products, so3
+from ndem_zoo.models.equiformer_v2.attention import SphereLayerNorm, SphereRMSNorm, neighbor_softmax, undecayed
 from ndem_zoo.models.equiformer_v2.model import EquiformerV2, fade, gaussians
 from ndem_zoo.models.equiformer_v2.presets import PRESETS
 from ndem_zoo.models.potential import Potential
@@ -291,6 +291,25 @@ def test_steps_in_chunks_equal_plain_ones(step, constants, tensors, monkeypatch)
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_products_are_those_of_float64(enabled):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(37, 90), (90, 51), (51,)]
+    a, b, bias = (torch.randn(shape, generator=generator, dtype=F64) for shape in shapes)
+    x, y = a.float(), b.float()
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        found = {
+            "a b": products.product(x, y),
+            "a b, transposes": products.product(x.T.contiguous().T, y.T.contiguous().T),
+            "a b, strided": products.product(torch.cat([x, x], dim=1)[:, 90:], y),
+            "linear": products.linear(x, y.T.contiguous(), bias.float()) - bias.float(),
+        }
+    for name, value in found.items():
+        assert float((value - a @ b).norm() / (a @ b).norm()) < 1e-6, name
+    assert products.product(x[:0], y).shape == (0, 51)
+    assert torch.equal(products.product(a, b), torch.nn.functional.linear(a, b.T))
+
+
 def test_second_derivatives_of_a_step():
     name, step, constants, tensors = STEPS[0]
     tensors = [t.detach().clone().requires_grad_() for t in tensors]
@@ -314,6 +333,16 @@ def test_norms_by_hand():
         scale = 1 / math.sqrt(sum(mean_squares) / 3 + 1e-5)
         torch.testing.assert_close(rms(x)[atom, 1:], x[atom, 1:] * scale)
         torch.testing.assert_close(rms(x)[atom, 0], centered * scale)
+
+
+def test_what_is_not_decayed():
+    potential = potential_of("direct")
+    names = undecayed(potential)
+    kept = {name.split(".")[-1] for name, _ in potential.named_parameters() if name not in names}
+    assert kept == {"weight", "alpha_dot"}
+    assert {"backbone.norm.affine_weight", "backbone.norm.norm_l0.weight", "force_head.ga.alpha_norm.weight"} <= names
+    assert "backbone.blocks.0.ga.so2_conv_1.fc_m0.bias" in names
+    assert not any("embedding.weight" in name or ("fc_m" in name and name.endswith("weight")) for name in names)
 
 
 def test_radial_functions():
@@ -423,7 +452,7 @@ def test_gradient_forces_of_a_molecule_with_edges_along_the_axes():
         for step in (2, 1, -1, -2):
             moved = batch.pos.clone()
             moved[index] += step * h
-            energies.append(float(potential(batch.replace(pos=moved), need_forces=False).energy))
+            energies.append(potential(batch.replace(pos=moved), need_forces=False).energy.item())
         slope = np.dot([-1, 8, -8, 1], energies) / (12 * h)
         assert forces[index].item() == pytest.approx(-slope, abs=1e-7 * float(forces.abs().max()) + 1e-9)
 

@@ -468,3 +468,15 @@ def test_all_pairs_are_limited_by_the_backbone_only():
     within = graph.within(batch, 5.0, graph.Nearest(1))
     assert (len(within.src), within.nearest) == (4, graph.Nearest(1))
     assert graph.displace(within, torch.zeros_like(within.pos), 5.0).nearest is None, "all pairs again"
+
+
+def test_nearest_edges_are_the_same_for_many_atoms():
+    """Beyond half a million atoms, center, length and neighbor do not fit into one number to sort by."""
+    pos = waves((60, 3)) * 4
+    src, dst, _ = graph.neighbor_list(pos, 5.0)
+    distance = torch.from_numpy(np.linalg.norm(pos[src] - pos[dst], axis=1))
+    edges = distance, torch.from_numpy(src), torch.from_numpy(dst)
+    few, many = (graph.nearest_edges(*edges, n_atoms, graph.Nearest(6)) for n_atoms in (60, (1 << 19) + 1))
+    assert torch.equal(few, many)
+    assert 0 < few.sum() < len(src)
+    assert edges[2][few].bincount().max() == 6

@@ -16,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ndem_zoo.graph import sum_by_index
+from ndem_zoo.models.equiformer_v2.products import linear, product
 from ndem_zoo.models.equiformer_v2.so3 import Layout, constant
 
 #: Choice: bytes of the largest intermediate tensor of a chunk, by type of device: on a CPU, values on grids fit into its
 #: second-level cache, and edges are enough for matrix products at full speed; on a GPU, launches are negligible.
-GRID_BYTES = {"cpu": 5 << 18}
+GRID_BYTES = {"cpu": 5 << 19}
 EDGE_BYTES = {"cpu": 1 << 22}
 MOST_BYTES = 512 << 20
 
@@ -84,14 +85,6 @@ def total_of(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add the product a b to `total`, in place."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(a @ b)
-
-
 # ------------------------------------------------------------------------------------------------ SO(2) convolution
 
 
@@ -134,65 +127,73 @@ class SO2(NamedTuple):
     width: int
 
 
-def _halves(flat: Tensor, start: int, rows: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Columns of +m and of -m, views of (e, rows channels)."""
-    middle = start + rows
-    return flat[:, start * channels : middle * channels], flat[:, middle * channels : (middle + rows) * channels]
+def _signed_rows(chosen: Layout) -> list[tuple[int, int, int]]:
+    """First row, number of rows and first radial weight of every block, those of +m and -m apart."""
+    found, radial = [], 0
+    for m, (start, rows) in enumerate(chosen.blocks):
+        found += [(start + sign * rows, rows, radial) for sign in range(1 if m == 0 else 2)]
+        radial += rows
+    return found
+
+
+def _split(chosen: Layout, z: Tensor, radial: Tensor | None = None) -> list[Tensor]:
+    """Blocks of `z` (e, K_M, C), times their radial weights (e, R, C): contiguous, (e, rows C) each."""
+    parts = []
+    for start, rows, first in _signed_rows(chosen):
+        part = z[:, start : start + rows]
+        parts.append((part if radial is None else part * radial[:, first : first + rows]).flatten(1).contiguous())
+    return parts
 
 
 def _so2_into(
-    shape: SO2, z: Tensor, weight: Tensor, bias: Tensor, threes: list[tuple], out: Tensor, extra: Tensor | None
+    shape: SO2,
+    parts: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    threes: list[tuple],
+    out: Tensor,
+    extra: Tensor | None,
 ) -> None:
-    """`so2_plain` of some edges, written into `out` (e, K_M, O) and `extra` (e, X)."""
-    flat, result = z.flatten(1), out.flatten(1)
-    channels, width = z.shape[-1], shape.width
-    rows = shape.chosen.blocks[0][1]
-    n_extra, columns = len(weight) - rows * width, flat[:, : rows * channels]
-    torch.addmm(bias[n_extra:], columns, weight[n_extra:].T, out=result[:, : rows * width])
+    """`so2_plain` of some edges, given as blocks; written into `out` (e, K_M, O) and `extra` (e, X)."""
+    rows, size = shape.chosen.blocks[0][1], out.shape[2:]
+    both = linear(parts[0], weight, bias)
+    n_extra = len(weight) - rows * shape.width
+    out[:, :rows] = both[:, n_extra:].unflatten(1, (rows, *size))
     if extra is not None:
-        torch.addmm(bias[:n_extra], columns, weight[:n_extra].T, out=extra)
-    for (start, rows), (real, less, more) in zip(shape.chosen.blocks[1:], threes, strict=True):
-        plus, minus = _halves(flat, start, rows, channels)
-        out_plus, out_minus = _halves(result, start, rows, width)
-        torch.mm(plus + minus, real.T, out=out_plus)
-        out_minus.copy_(out_plus)
-        out_plus.addmm_(minus, more.T, alpha=-1)
-        out_minus.addmm_(plus, less.T)
+        extra.copy_(both[:, :n_extra])
+    for m, ((start, rows), (real, less, more)) in enumerate(zip(shape.chosen.blocks[1:], threes, strict=True)):
+        plus, minus = parts[1 + 2 * m], parts[2 + 2 * m]
+        both = linear(plus + minus, real)
+        shaped = [value.unflatten(1, (rows, *size)) for value in (both, linear(minus, more), linear(plus, less))]
+        torch.sub(shaped[0], shaped[1], out=out[:, start : start + rows])
+        torch.add(shaped[0], shaped[2], out=out[:, start + rows : start + 2 * rows])
 
 
 def _so2_backward(
     shape: SO2,
-    z: Tensor,
+    parts: list[Tensor],
     weight: Tensor,
     threes: list[tuple],
     g: Tensor,
     g_extra: Tensor | None,
-    g_z: Tensor,
     sums: list | None,
-) -> None:
-    """Gradient by `z` of some edges into `g_z`; those by weight, bias and the three of each sign pair added to `sums`."""
-    flat, upstream, result = z.flatten(1), g.flatten(1), g_z.flatten(1)
-    channels, width = z.shape[-1], shape.width
-    rows = shape.chosen.blocks[0][1]
-    given, columns = upstream[:, : rows * width], flat[:, : rows * channels]
-    if g_extra is not None:
-        given = torch.cat([g_extra, given], dim=1)
-    torch.mm(given, weight, out=result[:, : rows * channels])
+) -> list[Tensor]:
+    """Gradients by the blocks of some edges; those by weight, bias and the three of each sign pair are added to `sums`."""
+    upstream = _split(shape.chosen, g)
+    given = upstream[0] if g_extra is None else torch.cat([g_extra, upstream[0]], dim=1)
+    found = [product(given, weight)]
     if sums is not None:
-        add_product(sums[0], given.T, columns)
+        sums[0].add_(product(given.T, parts[0]))
         sums[1].add_(given.sum(0))
-    for m, ((start, rows), (real, less, more)) in enumerate(zip(shape.chosen.blocks[1:], threes, strict=True)):
-        plus, minus = _halves(flat, start, rows, channels)
-        g_plus, g_minus = _halves(upstream, start, rows, width)
-        z_plus, z_minus = _halves(result, start, rows, channels)
+    for m, (real, less, more) in enumerate(threes):
+        (plus, minus), (g_plus, g_minus) = (values[1 + 2 * m : 3 + 2 * m] for values in (parts, upstream))
         both = g_plus + g_minus
-        torch.mm(both, real, out=z_plus)
-        z_minus.copy_(z_plus)
-        z_plus.addmm_(g_minus, less)
-        z_minus.addmm_(g_plus, more, alpha=-1)
+        common = product(both, real)
+        found += [common + product(g_minus, less), common.sub_(product(g_plus, more))]
         if sums is not None:
             for total, a, b in zip(sums[2 + m], (both, g_minus, g_plus), (plus + minus, plus, minus), strict=True):
-                add_product(total, a.T, b)
+                total.add_(product(a.T, b))
+    return found
 
 
 def _so2_sums(weight: Tensor, bias: Tensor, threes: list[tuple], wanted: bool) -> list | None:
@@ -219,15 +220,19 @@ class SO2Convolution(Recomputed):
 
     @staticmethod
     def quick(constants, z, weight, bias, *signed):
-        out = z.new_empty((len(z), constants.chosen.size, constants.width))
-        _so2_into(constants, z, weight, bias, [three_weights(w) for w in signed], out, None)
+        out, threes = z.new_empty((len(z), constants.chosen.size, constants.width)), [three_weights(w) for w in signed]
+        for rows in _row_chunks(z):
+            _so2_into(constants, _split(constants.chosen, z[rows]), weight, bias, threes, out[rows], None)
         return (out,)
 
     @staticmethod
     def quick_backward(constants, needs, gradients, z, weight, bias, *signed):
         threes, g_z = [three_weights(w) for w in signed], torch.empty_like(z)
         sums = _so2_sums(weight, bias, threes, any(needs[1:]))
-        _so2_backward(constants, z, weight, threes, gradients[0].contiguous(), None, g_z, sums)
+        for rows in _row_chunks(z):
+            parts = _split(constants.chosen, z[rows])
+            found = _so2_backward(constants, parts, weight, threes, gradients[0][rows], None, sums)
+            torch.cat(found, dim=1, out=g_z[rows].flatten(1))
         return g_z, *_so2_gradients(sums, len(signed))
 
 
@@ -264,8 +269,7 @@ class EdgeConvolution(Recomputed):
         extra = x.new_empty((n_edges, len(weight) - shape.chosen.blocks[0][1] * shape.width))
         for rows in _edge_chunks(constants, x):
             z, radial = _rotated(constants, rows, x, wigner, hidden, radial_weight, radial_bias)
-            _scale(shape.chosen, z, radial)
-            _so2_into(shape, z, weight, bias, threes, out[rows], extra[rows])
+            _so2_into(shape, _split(shape.chosen, z, radial), weight, bias, threes, out[rows], extra[rows])
         return out, extra
 
     @staticmethod
@@ -281,18 +285,14 @@ class EdgeConvolution(Recomputed):
         sums = _so2_sums(weight, bias, threes, trains)
         for rows in _edge_chunks(constants, x):
             z, radial = _rotated(constants, rows, x, wigner, hidden, radial_weight, radial_bias)
-            rotated = z.clone()
-            _scale(shape.chosen, z, radial)
-            g_z = torch.empty_like(z)
-            _so2_backward(
-                shape, z, weight, threes, gradients[0][rows].contiguous(), gradients[1][rows], g_z, sums
-            )  # fmt: skip
-            g_weights = _by_radial(shape.chosen, rotated.mul_(g_z)).flatten(1)
-            torch.mm(g_weights, radial_weight, out=g_hidden[rows])
+            parts = _split(shape.chosen, z, radial)
+            g, g_extra = gradients[0][rows], gradients[1][rows]
+            found = _so2_backward(shape, parts, weight, threes, g, g_extra, sums)
+            g_weights, g_z = _by_rotated(shape.chosen, found, z, radial)
+            g_hidden[rows] = product(g_weights, radial_weight)
             if trains:
-                add_product(g_radial[0], g_weights.T, hidden[rows])
+                g_radial[0].add_(product(g_weights.T, hidden[rows]))
                 g_radial[1].add_(g_weights.sum(0))
-            _scale(shape.chosen, g_z, radial)
             if g_wigner is not None:
                 pairs = torch.cat([x.index_select(0, src[rows]), x.index_select(0, dst[rows])], dim=-1)
                 g_wigner[rows] = torch.bmm(g_z, pairs.transpose(1, 2))
@@ -313,27 +313,27 @@ def _rotated(constants, rows, x, wigner, hidden, radial_weight, radial_bias) -> 
     """Features of both ends of some edges in the edges' frames (e, K_M, 2C), and their radial weights (e, R, 2C)."""
     _, src, dst = constants
     pairs = torch.cat([x.index_select(0, src[rows]), x.index_select(0, dst[rows])], dim=-1)
-    radial = torch.addmm(radial_bias, hidden[rows], radial_weight.T)
+    radial = linear(hidden[rows], radial_weight, radial_bias)
     return torch.bmm(wigner[rows], pairs), radial.unflatten(1, (constants.shape.chosen.n_radial, -1))
 
 
-def _scale(chosen: Layout, z: Tensor, radial: Tensor) -> None:
-    """Multiply the rows of `z` by their radial weights, in place."""
-    first = 0
-    for m, (start, rows) in enumerate(chosen.blocks):
-        for sign in range(1 if m == 0 else 2):
-            begin = start + sign * rows
-            z[:, begin : begin + rows].mul_(radial[:, first : first + rows])
-        first += rows
+def _by_rotated(chosen: Layout, found: list[Tensor], z: Tensor, radial: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients by radial weights (e, R 2C) and, in place of `z`, by rotated pairs, from those by their products."""
+    g_weights = torch.empty_like(radial)
+    for block, (start, rows, first) in enumerate(_signed_rows(chosen)):
+        g, values = found[block].unflatten(1, (rows, -1)), z[:, start : start + rows]
+        weights, target = radial[:, first : first + rows], g_weights[:, first : first + rows]
+        if block and block % 2 == 0:  # the rows of -m share the weights of +m
+            target.addcmul_(g, values)
+        else:
+            torch.mul(g, values, out=target)
+        torch.mul(g, weights, out=values)
+    return g_weights.flatten(1), z
 
 
-def _by_radial(chosen: Layout, z: Tensor) -> Tensor:
-    """Sum rows that share a radial weight: (e, R, 2C)."""
-    parts = []
-    for m, (start, rows) in enumerate(chosen.blocks):
-        part = z[:, start : start + rows]
-        parts.append(part if m == 0 else part + z[:, start + rows : start + 2 * rows])
-    return torch.cat(parts, dim=1)
+def _row_chunks(z: Tensor) -> Iterator[slice]:
+    """Ranges of edges, by the size of their rows."""
+    return chunks(len(z), z.shape[1:].numel() * z.element_size(), EDGE_BYTES, z.device)
 
 
 # ----------------------------------------------------------------------------------------------------------- sphere
@@ -370,21 +370,22 @@ class SphereActivation(Recomputed):
         to, back = constants.to, constants.back.T
         out = torch.empty_like(y)
         for rows in _grid_chunks(constants, y):
-            values = to @ y[rows].transpose(0, 1).flatten(1)  # (P, e C)
-            out[rows] = (back @ F.silu(values, inplace=True)).unflatten(1, (-1, y.shape[-1])).transpose(0, 1)
+            values = product(to, y[rows].transpose(0, 1).flatten(1))  # (P, e C)
+            out[rows] = _rows(product(back, F.silu(values, inplace=True)), y)
         if constants.separable:
             out[:, 0] = F.silu(gates)
         return (out,)
 
     @staticmethod
     def quick_backward(constants, needs, gradients, y, gates):
-        (g,), to, back = gradients, constants.to, constants.back
+        (g,), to = gradients, constants.to
         first = 1 if constants.separable else 0
+        back = constants.back[:, first:].contiguous()
         g_y = torch.empty_like(y)
         for rows in _grid_chunks(constants, y):
-            values = to @ y[rows].transpose(0, 1).flatten(1)
-            upstream = back[:, first:] @ g[rows, first:].transpose(0, 1).flatten(1)
-            g_y[rows] = (to.T @ silu_backward(upstream, values)).unflatten(1, (-1, y.shape[-1])).transpose(0, 1)
+            values = product(to, y[rows].transpose(0, 1).flatten(1))
+            upstream = product(back, g[rows, first:].transpose(0, 1).flatten(1))
+            g_y[rows] = _rows(product(to.T, silu_backward(upstream, values)), y)
         return g_y, silu_backward(g[:, 0], gates) if constants.separable else None
 
 
@@ -398,24 +399,24 @@ class SphereNetwork(Recomputed):
 
     @staticmethod
     def quick(constants, y, weight):
-        out = torch.empty_like(y)
+        out, channels = torch.empty_like(y), y.shape[-1]
         for rows in _grid_chunks(constants, y):
-            values = F.silu(_on_points(constants.to, y[rows]), inplace=True)
-            values = F.silu(values.flatten(0, 1) @ weight.T, inplace=True).unflatten(0, values.shape[:2])
-            out[rows] = _on_points(constants.back.T, values)
+            values = F.silu(product(constants.to, y[rows].transpose(0, 1).flatten(1)), inplace=True)  # (P, n F)
+            values = F.silu(linear(values.reshape(-1, channels), weight), inplace=True).reshape(values.shape)
+            out[rows] = _rows(product(constants.back.T, values), y)
         return (out,)
 
     @staticmethod
     def quick_backward(constants, needs, gradients, y, weight):
-        g_y, g_weight = torch.empty_like(y), total_of(weight)
+        g_y, g_weight, channels = torch.empty_like(y), total_of(weight), y.shape[-1]
         for rows in _grid_chunks(constants, y):
-            first = _on_points(constants.to, y[rows])
-            shape = first.shape
-            values = F.silu(first).flatten(0, 1)
-            upstream = _on_points(constants.back, gradients[0][rows]).flatten(0, 1)
-            g = silu_backward(upstream, values @ weight.T)
-            add_product(g_weight, g.T, values)
-            g_y[rows] = _on_points(constants.to.T, silu_backward((g @ weight).unflatten(0, shape[:2]), first))
+            first = product(constants.to, y[rows].transpose(0, 1).flatten(1))
+            values = F.silu(first).reshape(-1, channels)  # (P n, F)
+            upstream = product(constants.back, gradients[0][rows].transpose(0, 1).flatten(1)).reshape(values.shape)
+            g = silu_backward(upstream, linear(values, weight))
+            g_weight.add_(product(g.T, values))
+            g = silu_backward(product(g, weight).reshape(first.shape), first)
+            g_y[rows] = _rows(product(constants.to.T, g), y)
         return g_y, g_weight
 
 
@@ -424,9 +425,9 @@ def _grid_chunks(constants: Grid, y: Tensor) -> Iterator[slice]:
     return chunks(len(y), len(constants.to) * y.shape[-1] * y.element_size(), GRID_BYTES, y.device)
 
 
-def _on_points(matrix: Tensor, y: Tensor) -> Tensor:
-    """`matrix` (P, K) times every one of (n, K, C)."""
-    return torch.bmm(matrix.expand(len(y), -1, -1), y)
+def _rows(columns: Tensor, like: Tensor) -> Tensor:
+    """(K, n C) as (n, K, C)."""
+    return columns.unflatten(1, (-1, like.shape[-1])).transpose(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- messages
