@@ -17,12 +17,13 @@ from e3nn import o3
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Nearest, make_batch
 from ndem_zoo.models.equiformer_v2 import passes, products, so3
-from ndem_zoo.models.equiformer_v2.attention import SphereLayerNorm, SphereRMSNorm, neighbor_softmax, undecayed
+from ndem_zoo.models.equiformer_v2.attention import SphereLayerNorm, SphereRMSNorm, neighbor_softmax
 from ndem_zoo.models.equiformer_v2.model import EquiformerV2, fade, gaussians
 from ndem_zoo.models.equiformer_v2.presets import PRESETS
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.testing import batch_of, fill_weights, waves
 from ndem_zoo.testing.common import distorted, example_cluster, example_crystal, example_molecules
+from ndem_zoo.training import decay_groups
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "equiformer_v2_golden.json").read_text(encoding="utf-8"))
 F64 = torch.float64
@@ -337,9 +338,11 @@ def test_norms_by_hand():
 
 def test_what_is_not_decayed():
     potential = potential_of("direct")
-    names = undecayed(potential)
-    kept = {name.split(".")[-1] for name, _ in potential.named_parameters() if name not in names}
-    assert kept == {"weight", "alpha_dot"}
+    _, others = decay_groups(potential, 1e-3)
+    exempt = {id(parameter) for parameter in others["params"]}
+    trained = {name: parameter for name, parameter in potential.named_parameters() if parameter.requires_grad}
+    names = {name for name, parameter in trained.items() if id(parameter) in exempt}
+    assert {name.split(".")[-1] for name in set(trained) - names} == {"weight", "alpha_dot"}
     assert {"backbone.norm.affine_weight", "backbone.norm.norm_l0.weight", "force_head.ga.alpha_norm.weight"} <= names
     assert "backbone.blocks.0.ga.so2_conv_1.fc_m0.bias" in names
     assert not any("embedding.weight" in name or ("fc_m" in name and name.endswith("weight")) for name in names)

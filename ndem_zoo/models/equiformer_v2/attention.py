@@ -498,17 +498,3 @@ def initialize(module: nn.Module, weight_init: str) -> None:
             for linear in (child.linear_1, child.linear_2, child.linear_3):
                 bound = 1 / math.sqrt(linear.in_features)
                 nn.init.uniform_(linear.weight, -bound, bound)
-
-
-def undecayed(module: nn.Module) -> set[str]:
-    """Names of the parameters that published recipes exclude from weight decay: biases, and all parameters of norms.
-
-    Embeddings and the vectors that score attention are decayed.
-    """
-    found = set()
-    for owner, child in module.named_modules():
-        is_norm = isinstance(child, (nn.LayerNorm, *NORMS.values()))
-        for name, _ in child.named_parameters(recurse=False):
-            if is_norm or name == "bias":
-                found.add(f"{owner}.{name}" if owner else name)
-    return found

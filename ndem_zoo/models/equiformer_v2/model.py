@@ -308,10 +308,12 @@ class ForceHead(Head):
 class NDeMEquiformerV2(NDeMModel):
     """Force field on EquiformerV2, trained with NDeM unless told otherwise.
 
-    Parameters and methods are those of `NDeMModel`; `backbone_options` are the options of `EquiformerV2`.
+    Parameters and methods are those of `NDeMModel`; `backbone_options` are the options of `EquiformerV2`. The default preset
+    is ``"oc20_31M"``; on a CPU, or for few frames, take ``"oc20_tiny"``, ``"md17_fast"`` or ``"qm9_fast"``.
     """
 
     backbone_name: ClassVar[str] = "equiformer_v2"
+    default_preset: ClassVar[str] = "oc20_31M"
 
 
 def gaussians(distance: Float[Tensor, " E"], cutoff: float, number: int) -> Float[Tensor, "E B"]:
