@@ -9,6 +9,7 @@ the script from rotting where there is no GPU. Exits with 1 if an agreement is w
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import sys
 import time
@@ -17,13 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from ase.build import fcc111
 
 from ndem_zoo import load_sample
 from ndem_zoo.checkpoint import save_json
+from ndem_zoo.graph import edges_of, edges_on_device
+from ndem_zoo.models.base import options_of
+from ndem_zoo.models.equiformer_v2.model import EquiformerV2
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.models.torchmd_net import TorchMDNet
 from ndem_zoo.objectives.base import Objective
-from ndem_zoo.registry import OBJECTIVES, lookup
+from ndem_zoo.registry import BACKBONES, OBJECTIVES, lookup
 from ndem_zoo.sampling import collate
 from ndem_zoo.training import Run, TrainSettings, seeded
 
@@ -31,16 +36,25 @@ from ndem_zoo.training import Run, TrainSettings, seeded
 TOLERANCE = 1e-5
 #: Gradients of a force loss pass through two backward passes.
 GRADIENT_TOLERANCE = 1e-4
-SIZES = {"tiny": TorchMDNet.tiny, "md17": {}}
+#: Backbone, its options, and how forces are made. The first three are checked in the reduced form.
+NETWORKS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "ET tiny": ("torchmd_net", TorchMDNet.tiny, "gradient"),
+    "EquiformerV2 tiny": ("equiformer_v2", EquiformerV2.tiny, "direct"),
+    "EquiformerV2 tiny, gradient forces": ("equiformer_v2", EquiformerV2.tiny, "gradient"),
+    "ET of MD17": ("torchmd_net", {}, "gradient"),
+    "EquiformerV2 31M": ("equiformer_v2", {"preset": "31M", "alpha_drop": 0.0, "drop_path_rate": 0.0}, "direct"),
+}
 
 
-def build(options: dict[str, Any], objective: str, dataset: Any) -> tuple[Potential, Objective]:
+def build(network: str, objective: str, dataset: Any) -> tuple[Potential, Objective]:
     """A potential with reproducible weights, and an objective for it."""
     scale = float(np.sqrt(np.square(dataset.targets["forces"]).mean()))
+    name, options, forces = NETWORKS[network]
+    backbone = lookup(BACKBONES, name, "backbone")
     cls = lookup(OBJECTIVES, objective, "objective")
     encode = {"encode_vectors": True} if cls.encodes_vectors else {}
     with seeded(0):
-        potential = Potential(TorchMDNet(**options, **encode), scale=scale)
+        potential = Potential(backbone(**options_of(backbone, {**options, **encode})), forces=forces, scale=scale)
         term = cls(options=cls.probed_with)
         term.build(potential, dataset)
     return potential.train(), term
@@ -79,7 +93,7 @@ def terms_and_gradients(
     with _FixedRng(device) as rng:
         loss = sum(objective(potential, batch, rng).values())
     parameters = [p for p in [*potential.parameters(), *objective.parameters()] if p.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters)
+    gradients = [g for g in torch.autograd.grad(loss, parameters, allow_unused=True) if g is not None]
     network_energy = prediction.energy - potential(batch, need_forces=False).energy.detach().mean()
     return {
         "energy": network_energy.detach().double().cpu(),
@@ -88,29 +102,53 @@ def terms_and_gradients(
     }
 
 
-def agreement(dataset: Any, device: torch.device, sizes: list[str], n: int) -> list[dict[str, Any]]:
-    """Relative differences |gpu - cpu| / |cpu| for each size and objective."""
+def agreement(dataset: Any, device: torch.device, networks: list[str], n: int) -> list[dict[str, Any]]:
+    """Relative differences |gpu - cpu| / |cpu| for each network and objective."""
     rows = []
-    for size in sizes:
+    for network in networks:
         for name in OBJECTIVES:
-            potential, objective = build(SIZES[size], name, dataset)
+            potential, objective = build(network, name, dataset)
             reference = terms_and_gradients(potential, objective, dataset, n, torch.device("cpu"))
             found = terms_and_gradients(potential, objective, dataset, n, device)
             error = {k: float((found[k] - v).norm() / v.norm()) for k, v in reference.items()}
             ok = max(error["energy"], error["forces"]) <= TOLERANCE and error["gradient"] <= GRADIENT_TOLERANCE
-            rows.append({"size": size, "objective": name, "ok": ok, **error})
+            rows.append({"network": network, "objective": name, "ok": ok, **error})
     return rows
 
 
+def edges_agree(device: torch.device) -> dict[str, Any]:
+    """Whether edges made on the device are those of the neighbor lists, for slabs within 12 Å, and how long both take."""
+    slab = fcc111("Cu", (4, 4, 5), vacuum=8.0, periodic=True)
+    pos, cell = torch.from_numpy(slab.positions).repeat(4, 1), torch.from_numpy(slab.cell.array).expand(4, 3, 3)
+    counts = torch.full((4,), len(slab))
+    src, dst, shift = edges_on_device(pos.to(device), counts.to(device), 12.0, cell.to(device))
+    expected = edges_of(pos.numpy(), counts.numpy(), 12.0, cell.numpy(), np.ones((4, 3), dtype=bool))
+    begin = time.perf_counter()
+    count = len(edges_on_device(pos.to(device), counts.to(device), 12.0, cell.to(device))[0])
+    middle = time.perf_counter()
+    edges_of(pos.numpy(), counts.numpy(), 12.0, cell.numpy(), np.ones((4, 3), dtype=bool))
+    end = time.perf_counter()
+    lengths = (pos.to(device)[src] + shift - pos.to(device)[dst]).norm(dim=1).sort().values.cpu().numpy()
+    truth = np.sort(np.linalg.norm(pos.numpy()[expected[0]] + expected[2] - pos.numpy()[expected[1]], axis=1))
+    ok = count == len(truth) and bool(np.allclose(lengths, truth, atol=1e-9))
+    return {"ok": ok, "edges": count, "device_ms": 1e3 * (middle - begin), "lists_ms": 1e3 * (end - middle)}
+
+
 def step_times(
-    dataset: Any, device: torch.device, size: str, batch_sizes: list[int], steps: int
+    dataset: Any, device: torch.device, networks: list[str], batch_sizes: list[int], steps: int
 ) -> list[dict[str, Any]]:
-    """Median time of a training step, data path included, and peak memory; one step is made with waiting forbidden."""
+    """Median time of a training step, data path included, and peak memory.
+
+    One step is made with waiting forbidden, unless the network chooses its edges by their lengths.
+    """
     rows = []
-    for name in OBJECTIVES:
+    for network, name, precision in itertools.product(networks, OBJECTIVES, ("32-true", "bf16-mixed")):
         for n in batch_sizes:
-            potential, objective = build(SIZES[size], name, dataset)
-            settings = TrainSettings(batch_size=n, max_steps=steps, clip_norm=10.0, ema_decay=0.999, lr=1e-4)
+            potential, objective = build(network, name, dataset)
+            settings = TrainSettings(
+                batch_size=n, max_steps=steps, clip_norm=10.0, ema_decay=0.999, lr=1e-4, precision=precision
+            )
+            may_wait = NETWORKS[network][0] == "equiformer_v2"
             run = Run(potential.train(), objective, dataset, None, settings, device)
             indices = np.arange(n)
             if device.type == "cuda":
@@ -118,7 +156,7 @@ def step_times(
             times = []
             for i in range(steps + 3):
                 begin = time.perf_counter()
-                if device.type == "cuda" and i == 2:
+                if device.type == "cuda" and i == 2 and not may_wait:
                     torch.cuda.set_sync_debug_mode("error")
                 run.one_step(run.collate(indices))
                 if device.type == "cuda":
@@ -127,7 +165,8 @@ def step_times(
                 times.append(time.perf_counter() - begin)
             peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None
             ms = 1e3 * float(np.median(times[3:]))
-            rows.append({"size": size, "objective": name, "batch_size": n, "ms": ms, "peak_MiB": peak})
+            row = {"network": network, "objective": name, "precision": precision, "batch_size": n}
+            rows.append(row | {"ms": ms, "peak_MiB": peak})
     return rows
 
 
@@ -140,22 +179,25 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     _, (dataset, _, _), _ = load_sample("aspirin")
-    sizes = ["tiny"] if args.quick else list(SIZES)
+    networks = list(NETWORKS)[:3] if args.quick else list(NETWORKS)
+    timed = networks[:2] if args.quick else networks[3:]
     record = {
         "command": "python -m benchmarks.gpu_check",
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
-        "agreement": agreement(dataset, device, sizes, 8),
-        "step_times": step_times(
-            dataset, device, sizes[-1], [8] if args.quick else [8, 64, 128], 3 if args.quick else 30
-        ),
+        "agreement": agreement(dataset, device, networks, 2 if args.quick else 8),
+        "edges": edges_agree(device),
+        "step_times": step_times(dataset, device, timed, [4] if args.quick else [8, 64, 128], 1 if args.quick else 30),
     }
     save_json(args.out, record)
-    for row in [*record["agreement"], *record["step_times"]]:
+    for row in [*record["agreement"], record["edges"], *record["step_times"]]:
         print(row)
-    failed = [row for row in record["agreement"] if not row["ok"]]
+    failed = [row for row in [*record["agreement"], record["edges"]] if not row["ok"]]
     if failed:
-        print(f"{len(failed)} of {len(record['agreement'])} agreements are worse than their tolerance", file=sys.stderr)
+        print(
+            f"{len(failed)} of {len(record['agreement']) + 1} agreements are worse than their tolerance",
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 
