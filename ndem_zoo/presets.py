@@ -203,13 +203,19 @@ PRESETS: dict[str, dict[str, Sourced]] = {
     | {
         "batch_size": Sourced(4, _OURS),
         "eval_batch_size": Sourced(8, _OURS),
-        "lr": Sourced(1e-3, _OURS),
-        "min_lr": Sourced(1e-5, _OURS),
+        "lr": Sourced(2e-3, _OURS),
+        "min_lr": Sourced(2e-5, _OURS),
         "warmup_steps": Sourced(50, _OURS),
         "ema_decay": Sourced(0.99, _OURS),
         "nb_epoch": Sourced(2, _OURS),
         "validate_every": Sourced(None, _OURS),
-        "backbone": Sourced({"equiformer_v2": {"preset": "tiny"}, "torchmd_net": {}}, _OURS),
+        "backbone": Sourced(
+            {
+                "equiformer_v2": {"preset": "tiny", "grid_resolution": 8, "num_distance_basis": 128},
+                "torchmd_net": {},
+            },
+            _OURS + ": coarse grids, few radial functions",
+        ),
     },
 }
 

@@ -6,7 +6,8 @@ the weight average at the end: there is no selection. Errors are those of OC20, 
 
     python benchmarks/accuracy/bench_oc20_s2ef.py --data-dir ../shared/data/oc20 --minutes 3 --seeds 3
 
-`--data-dir` has the folders s2ef_train and s2ef_val, in OC20's text layout. Finished runs are kept, so that the script can
+Fresh temporaries cost a fifth of the time unless glibc keeps its memory; the figures were made with
+MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 in the environment. `--data-dir` has the folders s2ef_train and s2ef_val, in OC20's text layout. Finished runs are kept, so that the script can
 be interrupted and called again; writes ``results/oc20_s2ef.json`` and the table made from it beside this file.
 """
 

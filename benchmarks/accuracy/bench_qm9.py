@@ -8,7 +8,8 @@ is made from our batches, without a neighbor list of its own. Ours is the preset
 
     python benchmarks/accuracy/bench_qm9.py --data-dir ../shared/data/qm9 --minutes 4 --seeds 2
 
-Needs schnetpack (the full stack has it). Finished runs are kept, so that the script can be interrupted and called again;
+Needs schnetpack (the full stack has it). The figures were made with MALLOC_MMAP_THRESHOLD_=4294967296 and
+MALLOC_TRIM_THRESHOLD_=8589934592 in the environment, for everybody. Finished runs are kept, so that the script can be interrupted and called again;
 writes ``results/qm9.json`` and the table made from it beside this file.
 """
 

@@ -23,11 +23,14 @@ import numpy as np
 from ndem_zoo import NDeMEquiformerV2, load_oc20
 
 sample = Path(os.environ["NDEM_ZOO_SHARED_DATA"]) / "oc20"
-tasks, (train, _, _), _ = load_oc20("s2ef", split="all", data_dir=sample / "s2ef_train")
-tasks, (valid, _, _), _ = load_oc20("s2ef", split="all", data_dir=sample / "s2ef_val")
-train, valid
+tasks, (train, held_out, _), _ = load_oc20("s2ef", "all", sample / "s2ef_train", n_train=3000, n_valid=25, n_test=0)
+tasks, (others, _, _), _ = load_oc20("s2ef", "all", sample / "s2ef_val")
+train, held_out, others
 
 # %% [markdown]
+# The warning is worth a thought: a random split puts frames of one relaxation on both sides. `held_out` is such a split, and
+# `others` are whole relaxations that no training frame belongs to. Below, errors on both are compared.
+#
 # ## What is in a frame
 #
 # The files hold total energies of DFT, which no model is trained on: the loader subtracts the reference energy of slab and
@@ -58,7 +61,7 @@ print(
 
 # %%
 model = NDeMEquiformerV2(
-    preset="oc20_tiny", objective="ndem", lr=2e-3, warmup_steps=10, unknown_elements="warn", progress=False, seed=0
+    preset="oc20_tiny", objective="ndem", warmup_steps=10, unknown_elements="warn", progress=False, seed=0
 )
 model.fit(train, max_steps=40)
 print(f"{model.potential_.n_parameters:,} parameters, last losses:")
@@ -67,22 +70,33 @@ print({name: round(value, 2) for name, value in model.history_[-1].items() if na
 # %% [markdown]
 # ## Errors
 #
-# On relaxations that were not trained on, over free atoms, and beside the errors of knowing nothing. In a sample this small
-# they contain elements that no training frame has; that would be an error without `unknown_elements="warn"`.
+# Over free atoms, and beside the errors of knowing nothing: the mean energy, and no forces. In a sample this small the other
+# relaxations contain elements that no training frame has; that would be an error without `unknown_elements="warn"`.
+
 
 # %%
-some = valid[::40]
-errors = model.evaluate(some)
-free = ~some.fixed
-nothing = np.abs(some.targets["forces"][free]).mean()
-guess = np.abs(some.targets["energy"] - energy.mean()).mean()
-print(f"forces: {errors['forces_mae']:.4f} eV/Å (zeros: {nothing:.4f}), cosine {errors['forces_cosine']:.2f}")
-print(f"energy: {errors['energy_mae']:.2f} eV (the mean: {guess:.2f})")
+def report(name, frames):
+    errors, free = model.evaluate(frames), ~frames.fixed
+    guess = np.abs(frames.targets["energy"] - energy.mean()).mean()
+    zeros = np.abs(frames.targets["forces"][free]).mean()
+    print(
+        f"{name}: energy {errors['energy_mae']:.2f} eV (mean: {guess:.2f}), "
+        f"forces {errors['forces_mae']:.4f} eV/Å (zeros: {zeros:.4f}), cosine {errors['forces_cosine']:.2f}"
+    )
+    return errors["energy_mae"] / guess
+
+
+same = report("held out, same relaxations", held_out)
+new = report("other relaxations         ", others[::40])
 
 # %% [markdown]
-# A minute teaches directions, not magnitudes, and four relaxations say nothing about OC20 as a whole: good models need some
-# million frames. What NDeM, DeNS and supervised training reach with equal time is in
+# A minute of training knows the energies of relaxations that it has seen, says little about new ones, and has hardly begun
+# with the forces. This is why OC20's validation sets are split by system, adsorbate and catalyst, why one million frames
+# of few relaxations are less than they seem, and why a random split of trajectories flatters.
+#
+# What NDeM, DeNS and supervised training reach on this sample with equal time stands in
 # [the benchmarks](../reproducing.md).
 
 # %%
-assert errors["forces_cosine"] > 0.05
+assert same < 0.6
+assert same < new
