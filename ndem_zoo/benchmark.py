@@ -216,7 +216,7 @@ def _prediction_stages(
 ) -> tuple[dict[str, float], int]:
     """Seconds of each stage of a prediction, and its number of batches."""
     watch, cutoff = Watch(device), potential.backbone.cutoff
-    order = size_batches(part, batch_size, cutoff)
+    order = size_batches(part, batch_size, cutoff, nearest=potential.backbone.nearest)
     place = {"nearest": potential.backbone.nearest, "device": device}
     collate = Collator(part, cutoff, next(potential.parameters()).dtype, with_targets=False, **place)
     potential.eval()

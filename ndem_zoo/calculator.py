@@ -130,10 +130,11 @@ class NDeMCalculator(Calculator):
             )
         self.skin = float(skin)
         self.device = torch_device(model.device if device is None else device)
-        self.dtype = _DTYPES[precision or model.resolved_["settings"]["precision"]]
+        # What was trained in half precision is used in single precision.
+        self.dtype = _DTYPES.get(precision or model.resolved_["settings"]["precision"], torch.float32)
         self._potential = potential.to(self.device, self.dtype).eval()
         self._potential.backbone.use_plan(model.plan, self.device)
-        self._known = dict(model.reference_)
+        self._known, self._unknown = dict(model.reference_), model.unknown_elements
         self._edges: _Edges | None = None
         self.neighbor_searches = 0
         if potential.force_mode == "none":
@@ -174,7 +175,7 @@ class NDeMCalculator(Calculator):
                 pbc=np.array(atoms.pbc) if periodic else None,
             )
         )
-        check_known_elements(structure.z, np.array([0, len(structure.z)]), self._known)
+        check_known_elements(structure.z, np.array([0, len(structure.z)]), self._known, self._unknown)
         return structure
 
     def _batch(self, structure: Structure) -> Batch:

@@ -8,7 +8,7 @@ from ndem_zoo.metrics import unit_of
 from ndem_zoo.properties import property_of
 
 
-def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str, float]]) -> str:
+def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str, float]], shift: float = 0.0) -> str:
     """Markdown text for ``card.md``.
 
     Parameters
@@ -19,6 +19,8 @@ def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str
         Weights of the potential.
     history
         Rows of the training history.
+    shift
+        Of the potential.
     """
     data, resolved = config["training_data"], config["resolved"]
     target = resolved["supervised"]["target"]
@@ -36,6 +38,7 @@ def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str
         f"- Elements: {', '.join(config['reference'])}",
         "",
         f"Reference energies ({unit}): " + ", ".join(f"{k} {v:.6f}" for k, v in config["reference"].items()),
+        *([f"Added once for each structure: {shift:.6f} {unit}".rstrip()] if shift else []),
     ]
     # `partial_fit` begins to count its steps anew; the weights are the best ones since then.
     begin = max((i for i in range(1, len(history)) if history[i]["step"] <= history[i - 1]["step"]), default=0)

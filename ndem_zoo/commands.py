@@ -66,7 +66,7 @@ Data = Annotated[str, typer.Option("--data", help=f"Data: {_SOURCES}.", metavar=
 ModelFolder = Annotated[Path, typer.Option("--model", help="Folder of a run, or of a saved model.", metavar="DIR")]
 Device = Annotated[str | None, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:0, ...")]
 DataDir = Annotated[
-    Path | None, typer.Option(help="Folder with (or for) the files of md17, rmd17 and oc20.", metavar="DIR")
+    Path | None, typer.Option(help="Folder with (or for) the files of md17, rmd17, qm9, pcqm4mv2, oc20.", metavar="DIR")
 ]
 NoDownload = Annotated[bool, typer.Option("--no-download", help="Never touch the network.")]
 EnergyKey = Annotated[str | None, typer.Option(help="Name of the energies in an extxyz file.", metavar="NAME")]
@@ -95,7 +95,9 @@ def train(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(registry.MODELS)}.")] = "NDeMTorchMDNet",
     objective: Annotated[str, typer.Option(help=f"One of {', '.join(registry.OBJECTIVES)}.")] = "ndem",
     target: Annotated[str | None, typer.Option(help="What is predicted: energy (with forces), gap, mu, ...")] = None,
-    preset: Annotated[str | None, typer.Option(help="Recipe: md17_paper (default), md17_fast, ...")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Recipe: md17_fast, qm9_paper, oc20_31M, ...; default: the model's.")
+    ] = None,
     weight: Annotated[float | None, typer.Option(help="Weight of the objective's auxiliary term.")] = None,
     n_train: Annotated[
         Any, typer.Option(parser=_number, metavar="N", help="Training structures: count or fraction.")
@@ -122,7 +124,7 @@ def train(
         Path | None, typer.Option(help="Begin with the weights of a saved model.", metavar="DIR")
     ] = None,
     device: Device = None,
-    precision: Annotated[str | None, typer.Option(help="32-true or 64-true.")] = None,
+    precision: Annotated[str | None, typer.Option(help="32-true, 64-true or bf16-mixed.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the training in --out, if there is one.")] = False,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard.")] = False,

@@ -72,8 +72,11 @@ class Ensemble:
         self.device = torch_device(first.device if device is None else device)
         self.reference_ = dict(first.reference_)
         self.eval_batch_size: int = first.resolved_["settings"]["eval_batch_size"]
-        self._size = len(members)
-        self.stacked = self.device.type == "cuda" if stacked is None else stacked
+        self._size, self._unknown = len(members), first.unknown_elements
+        can_be_stacked = potentials[0].backbone.can_be_stacked
+        if stacked and not can_be_stacked:
+            raise ConfigError(f"stacked=True, but a {type(potentials[0].backbone).__name__} cannot be stacked")
+        self.stacked = self.device.type == "cuda" and can_be_stacked if stacked is None else stacked
         self._potentials = [potential.to(self.device).eval() for potential in potentials]
         for potential, model in zip(potentials, members, strict=True):
             potential.backbone.use_plan(model.plan, self.device)
@@ -115,7 +118,7 @@ class Ensemble:
         """What each of the M members says: ``"energy"`` (M, S) in eV and ``"forces"`` (M, A, 3) in eV/Å; see `predict`."""
         structures = as_dataset(dataset)
         check_structures(structures)
-        check_known_elements(structures.z, structures.ptr, self.reference_)
+        check_known_elements(structures.z, structures.ptr, self.reference_, self._unknown)
         if self.stacked:
             return self._predict_stacked(structures)
         found = [predict_columns(potential, structures, self.eval_batch_size) for potential in self._potentials]
@@ -127,7 +130,7 @@ class Ensemble:
         columns = {network.target: np.empty((self._size, len(structures)))}
         if network.force_mode != "none":
             columns["forces"] = np.empty((self._size, len(structures.z), 3))
-        order = size_batches(structures, self.eval_batch_size, backbone.cutoff, self._size)
+        order = size_batches(structures, self.eval_batch_size, backbone.cutoff, self._size, backbone.nearest)
         dtype = next(network.parameters()).dtype
         place = {"nearest": backbone.nearest, "device": self.device}
         collate = Collator(structures, backbone.cutoff, dtype, with_targets=False, **place)
@@ -166,6 +169,7 @@ def _check_alike(first: NDeMModel, model: NDeMModel, number: int) -> None:
             f"backbone option {name}": (ours["backbone"]["options"].get(name), theirs["backbone"]["options"].get(name))
             for name in {**ours["backbone"]["options"], **theirs["backbone"]["options"]}
         },
+        "target": (ours["supervised"]["target"], theirs["supervised"]["target"]),
         "forces": (ours["forces"], theirs["forces"]),
         "precision": (ours["settings"]["precision"], theirs["settings"]["precision"]),
         "elements": (sorted(first.reference_), sorted(model.reference_)),

@@ -34,8 +34,11 @@ ALL_PAIRS_UP_TO = 32
 PER_ATOM = frozenset({"forces"})
 
 #: Choice: distances that differ by less, in Å, are equal when nearest neighbors are chosen, so that the choice among
-#: symmetric atoms follows the order of the edges (the index of the neighbor) and not the last bit.
+#: symmetric atoms follows the index of the neighbor, then its image, and not the last bit.
 TIE = 1e-4
+
+#: Weights of the cell vectors that number images: shift . (w1 a1 + w2 a2 + w3 a3) stays when a structure is rotated.
+_IMAGE_WEIGHTS = (0.5257311121191336, 0.6180339887498949, 0.5844443852190474)
 
 #: A limit that is not strict also keeps neighbors whose *squared* distance exceeds that of the first one left out by less
 #: than this, in Å² (fairchem's value).
@@ -234,8 +237,20 @@ def neighbor_list(
     return neighbor.astype(np.int64), center.astype(np.int64), shift
 
 
+def image_numbers(shift: Float[Tensor, "E 3"], cell: Float[Tensor, "... 3 3"]) -> Float[Tensor, " E"]:
+    """A number that is equal for equal images of a cell (3, 3), or of each edge's own (E, 3, 3), however it is rotated."""
+    cell = cell.double()
+    direction = torch.einsum("...kj,k->...j", cell, cell.new_tensor(_IMAGE_WEIGHTS))
+    return (shift.double() * direction).sum(-1)
+
+
 def nearest_edges(
-    distance: Float[Tensor, " E"], src: Int[Tensor, " E"], dst: Int[Tensor, " E"], n_atoms: int, nearest: Nearest
+    distance: Float[Tensor, " E"],
+    src: Int[Tensor, " E"],
+    dst: Int[Tensor, " E"],
+    n_atoms: int,
+    nearest: Nearest,
+    image: Float[Tensor, " E"] | None = None,
 ) -> Bool[Tensor, " E"]:
     """Mask (E,) of the edges from the nearest neighbors of each center, with fairchem's two meanings of a limit.
 
@@ -249,9 +264,11 @@ def nearest_edges(
         Number of atoms N.
     nearest
         The limit. Strict: see `TIE`; not strict: see `DEGENERATE`.
+    image : (E,), optional
+        Which image of the neighbor it is (`image_numbers`); decides between those that are equally near.
     """
     limit, strict = nearest
-    order = _by_center_and_distance(distance, src, dst, n_atoms, strict)
+    order = _by_center_and_distance(distance, src, dst, n_atoms, strict, image)
     center = dst.index_select(0, order)
     degree = torch.zeros(n_atoms, dtype=torch.long, device=dst.device).index_add_(0, dst, torch.ones_like(dst))
     first = torch.cumsum(degree, 0) - degree  # where the edges of a center begin
@@ -265,16 +282,28 @@ def nearest_edges(
     return torch.zeros_like(kept).index_copy_(0, order, kept)
 
 
-def _by_center_and_distance(distance: Tensor, src: Tensor, dst: Tensor, n_atoms: int, strict: bool) -> Tensor:
-    """Order (E,) of the edges by center, then length (in steps of `TIE` if strict), then neighbor."""
-    if strict and n_atoms <= 1 << 19:  # all three in one number: one search for the order instead of three
-        steps = torch.round(distance.double() / TIE).clamp(max=(1 << 20) - 1).long()  # up to 100 Å
-        key = (dst << 39) | (steps << 19) | src
-        return torch.from_numpy(np.argsort(key.numpy())) if key.device.type == "cpu" else torch.argsort(key)
-    order = torch.argsort(src)
-    for key in (torch.round(distance.double() / TIE) if strict else distance, dst):
-        order = order.index_select(0, torch.argsort(key.index_select(0, order), stable=True))
+def _by_center_and_distance(
+    distance: Tensor, src: Tensor, dst: Tensor, n_atoms: int, strict: bool, image: Tensor | None
+) -> Tensor:
+    """Order (E,) of the edges by center, then length (in steps of `TIE` if strict), then neighbor, then image."""
+    rank = torch.round(distance.double() / TIE) if strict else distance.double()
+    keys = [] if image is None else [torch.round(image / TIE)]
+    if strict and n_atoms <= 1 << 19:  # three keys in one number: one search for the order instead of three
+        steps = rank.clamp(max=(1 << 20) - 1).long()  # up to 100 Å
+        keys.append((dst << 39) | (steps << 19) | src)
+    else:
+        keys += [src, rank, dst]
+    order = _stable_order(keys[0])
+    for key in keys[1:]:
+        order = order.index_select(0, _stable_order(key.index_select(0, order)))
     return order
+
+
+def _stable_order(key: Tensor) -> Tensor:
+    """`torch.argsort`, which on a CPU is several times slower than numpy's."""
+    if key.device.type == "cpu":
+        return torch.from_numpy(np.argsort(key.numpy(), kind="stable"))
+    return torch.argsort(key, stable=True)
 
 
 def within(batch: Batch, cutoff: float, nearest: Nearest | None = None) -> Batch:
@@ -286,10 +315,9 @@ def within(batch: Batch, cutoff: float, nearest: Nearest | None = None) -> Batch
         distance = batch.vectors().norm(dim=-1)
         kept = (distance < cutoff).nonzero().flatten()
         if nearest is not None and nearest != batch.nearest:
-            near = nearest_edges(
-                *(t.index_select(0, kept) for t in (distance, batch.src, batch.dst)), len(batch.z), nearest
-            )
-            kept = kept[near]
+            length, src, dst, shift = (t.index_select(0, kept) for t in (distance, batch.src, batch.dst, batch.shift))
+            image = image_numbers(shift, batch.cell.index_select(0, batch.system.index_select(0, dst)))
+            kept = kept[nearest_edges(length, src, dst, len(batch.z), nearest, image)]
     edges = {name: getattr(batch, name).index_select(0, kept) for name in ("src", "dst", "shift")}
     return batch.replace(**edges, cutoff=min(batch.cutoff, cutoff), nearest=nearest or batch.nearest)
 
@@ -298,6 +326,11 @@ def _needs_search(counts: np.ndarray, pbc: np.ndarray | None) -> bool:
     """Whether edges depend on positions; few free atoms get all pairs."""
     periodic = pbc is not None and bool(np.any(pbc))
     return periodic or not len(counts) or counts.max() > ALL_PAIRS_UP_TO
+
+
+def _periodic_rows(cell: np.ndarray, pbc: np.ndarray) -> Tensor:
+    """A cell as batches have it: rows of zeros where it is not periodic."""
+    return torch.from_numpy(np.where(np.asarray(pbc, dtype=bool)[:, None], np.asarray(cell, dtype=np.float64), 0.0))
 
 
 def edges_of(
@@ -345,8 +378,9 @@ def edges_of(
         if nearest is not None:  # structure by structure: what is thrown away is never there for all of them
             local = np.ascontiguousarray(pos[start:stop], dtype=np.float64)
             distance = np.sqrt(np.square(local[src] + shift - local[dst]).sum(axis=1))
-            edges = (torch.from_numpy(values) for values in (distance, src, dst))
-            kept = nearest_edges(*edges, int(stop - start), nearest).numpy()
+            edges = [torch.from_numpy(values) for values in (distance, src, dst)]
+            image = None if box is None else image_numbers(torch.from_numpy(shift), _periodic_rows(box, flags))
+            kept = nearest_edges(*edges, int(stop - start), nearest, image).numpy()
             src, dst, shift = src[kept], dst[kept], shift[kept]
         found.append((src + start, dst + start, shift))
     if not found:
@@ -425,15 +459,17 @@ def _completed(cell: Float[Tensor, "S 3 3"], periodic: Bool[Tensor, "S 3"]) -> F
 
 def _chunks(counts: Tensor, reach: Tensor) -> list[tuple[int, int]]:
     """Ranges of structures whose pairs and images are few enough to be looked at together."""
-    images = (2 * reach + 1).prod(-1)
-    work = (counts.square() * images).tolist()
-    limits, first, total = [], 0, 0
-    for index, amount in enumerate(work):
-        if total and total + amount > PAIRS_AT_ONCE:
+    limits, first, pairs, farthest = [], 0, 0, [0, 0, 0]
+    for index, (n, own) in enumerate(zip(counts.tolist(), reach.tolist(), strict=True)):
+        largest = [
+            max(both) for both in zip(farthest, own, strict=True)
+        ]  # all pairs of a chunk see its farthest images
+        work = (pairs + n * n) * math.prod(2 * r + 1 for r in largest)
+        if pairs and work > PAIRS_AT_ONCE:
             limits.append((first, index))
-            first, total = index, 0
-        total += amount
-    return [*limits, (first, len(work))] if work else []
+            first, pairs, largest = index, 0, own
+        pairs, farthest = pairs + n * n, largest
+    return [*limits, (first, len(counts))] if len(counts) else []
 
 
 def _images(reach: Int[Tensor, " 3"]) -> Int[Tensor, "M 3"]:

@@ -43,7 +43,7 @@ def predict_columns(
     columns = {potential.target: np.empty(len(dataset))}
     if potential.force_mode != "none" and need_forces:
         columns["forces"] = np.empty((len(dataset.z), 3))
-    order = size_batches(dataset, batch_size, cutoff)
+    order = size_batches(dataset, batch_size, cutoff, nearest=potential.backbone.nearest)
     place = {"nearest": potential.backbone.nearest, "device": parameter.device}
     collate = Collator(dataset, cutoff, parameter.dtype, with_targets=False, **place)
     was_training = potential.training

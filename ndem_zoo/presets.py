@@ -72,14 +72,25 @@ _MD17_PAPER: dict[str, Sourced] = {
 }
 
 _QM9_PAPER = _MD17_PAPER | {
+    "max_atoms": Sourced(None, _TABLE_8 + " counts molecules"),
+    "bucket": Sourced(False, "none of the recipes sorts by size"),
+    "plateau_factor": Sourced(0.8, "no use with a cosine schedule"),
+    "plateau_patience": Sourced(30, "no use with a cosine schedule"),
+    "weight_decay": Sourced(0.0, "Frad's and TorchMD-NET's QM9 recipes; Table 8 names AdamW without a value"),
+    "clip_norm": Sourced(None, "none of the recipes clips on QM9"),
+    "ema_decay": Sourced(None, "none of the ET recipes averages weights on QM9"),
+    "validate_every": Sourced(None, "TorchMD-NET's ET-QM9 recipe: every epoch"),
+    "energy_weight": Sourced(1.0, "one label"),
+    "weight_schedule": Sourced("constant", _TABLE_8),
     "target": Sourced("gap", "one of the twelve; choose with the keyword `target`"),
     "reference_energies": Sourced(
         None, _TABLE_8 + " names atom references: 'dataset' takes those; least squares fits better"
     ),
     "batch_size": Sourced(128, _TABLE_8),
-    "eval_batch_size": Sourced(128, _TORCHMD),
+    "eval_batch_size": Sourced(128, "TorchMD-NET's ET-QM9 recipe"),
     "lr": Sourced(4e-4, _TABLE_8),
     "warmup_steps": Sourced(10_000, _TABLE_8),
+    "warmup_factor": Sourced(0.0, "TorchMD-NET's ET-QM9 recipe"),
     "schedule": Sourced("cosine", _TABLE_8),
     "min_lr": Sourced(0.0, _TABLE_8 + " gives none"),
     "nb_epoch": Sourced(None, _TABLE_8 + " counts steps"),
@@ -103,7 +114,17 @@ _QM9_PAPER = _MD17_PAPER | {
     ),
 }
 
+_UNUSED = "no use with a cosine schedule"
+
 _OC20_153M = _MD17_PAPER | {
+    "target": Sourced("energy", _EQV2),
+    "max_atoms": Sourced(None, _EQV2 + " counts structures, balanced by size between GPUs"),
+    "bucket": Sourced(False, _EQV2 + " shuffles"),
+    "plateau_factor": Sourced(0.8, _UNUSED),
+    "plateau_patience": Sourced(30, _UNUSED),
+    "max_steps": Sourced(None, _EQV2 + " counts epochs"),
+    "weight": Sourced(15.0, "DeNS, TMLR 2024, OC20 All+MD; the NDeM paper gives none for OC20"),
+    "weight_schedule": Sourced("constant", "DeNS, TMLR 2024, OC20"),
     "reference_energies": Sourced("mean", _EQV2 + ": adsorption energies are normalized by mean and spread"),
     "batch_size": Sourced(512, _EQV2 + ": 4 on each of 128 GPUs"),
     "eval_batch_size": Sourced(16, _OURS),
@@ -135,6 +156,7 @@ _OC20_153M = _MD17_PAPER | {
 }
 
 _OC20_31M = _OC20_153M | {
+    "batch_size": Sourced(512, _EQV2 + ": 8 on each of 64 GPUs"),
     "nb_epoch": Sourced(3, _EQV2),
     "energy_weight": Sourced(4.0, _EQV2),
     "backbone": Sourced({"equiformer_v2": {"preset": "31M"}, "torchmd_net": {}}, _EQV2),
@@ -188,6 +210,7 @@ PRESETS: dict[str, dict[str, Sourced]] = {
         "min_lr": Sourced(2e-6, _EQV2 + ": 0.01 of lr"),
         "warmup_steps": Sourced(3125, _EQV2 + ": 0.1 epochs of 2 million frames"),
         "nb_epoch": Sourced(12, _EQV2),
+        "weight": Sourced(10.0, "DeNS, TMLR 2024, OC20-2M; the NDeM paper gives none for OC20"),
         "backbone": Sourced({"equiformer_v2": {"preset": "83M"}, "torchmd_net": {}}, _EQV2),
         "objectives": Sourced(
             {

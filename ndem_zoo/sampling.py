@@ -137,7 +137,7 @@ def _cut(
 
 
 def size_batches(
-    dataset: MolecularDataset, batch_size: int, cutoff: float, members: int = 1
+    dataset: MolecularDataset, batch_size: int, cutoff: float, members: int = 1, nearest: Nearest | None = None
 ) -> list[Int[np.ndarray, " B"]]:
     """All structures, largest first, in batches that a prediction has the memory for.
 
@@ -151,14 +151,16 @@ def size_batches(
         Radius of the edges in Å.
     members
         Number of models that predict at once, which share all limits.
+    nearest
+        Limit on the edges into one atom.
     """
     counts = dataset.counts
     order = np.argsort(-counts, kind="stable")  # structures of one size stay in the dataset's order
-    limits = [(counts, MAX_ATOMS // members), (expected_edges(dataset, cutoff), MAX_EDGES // members)]
+    limits = [(counts, MAX_ATOMS // members), (expected_edges(dataset, cutoff, nearest), MAX_EDGES // members)]
     return _cut(order, max(1, batch_size // members), limits)
 
 
-def expected_edges(dataset: MolecularDataset, cutoff: float) -> np.ndarray:
+def expected_edges(dataset: MolecularDataset, cutoff: float, nearest: Nearest | None = None) -> np.ndarray:
     """About how many edges each structure has (S,), from its size and density."""
     counts = dataset.counts.astype(np.float64)
     density = np.full(len(counts), TYPICAL_DENSITY)
@@ -171,6 +173,8 @@ def expected_edges(dataset: MolecularDataset, cutoff: float) -> np.ndarray:
     neighbors = density * (4 / 3) * math.pi * cutoff**3
     others = counts - 1  # without images, nobody has more neighbors
     neighbors = np.where(periodic, neighbors, np.minimum(neighbors, others))
+    if nearest is not None:
+        neighbors = np.minimum(neighbors, nearest.number)
     return counts * np.where(~periodic & (counts <= ALL_PAIRS_UP_TO), others, neighbors)
 
 

@@ -436,3 +436,11 @@ def test_options_of_dynamics_out_of_range(molecule, option, tmp_path):
     with pytest.raises(ConfigError, match=next(iter(option))):
         run_md(molecule, Springs(molecule), **({"steps": 1, "out": tmp_path / "x.extxyz"} | option))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_trained_in_half_precision_is_used_in_single_precision(ethanol, molecule):
+    half = fit_tiny(ethanol, precision="bf16-mixed")
+    molecule.calc = NDeMCalculator(half)
+    expected = half.predict(molecule)
+    assert molecule.get_potential_energy() == pytest.approx(expected["energy"][0], abs=1e-3)
+    np.testing.assert_allclose(molecule.get_forces(), expected["forces"][0], atol=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ndem_zoo import Ensemble, NDeMTorchMDNet
+from ndem_zoo import Ensemble, EquiformerV2, NDeMEquiformerV2, NDeMTorchMDNet
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import ConfigError, DataError, NotFittedError
 from ndem_zoo.models.potential import Potential
@@ -136,3 +136,22 @@ def test_too_few_or_not_fitted(members):
         Ensemble(members[:1])
     with pytest.raises(NotFittedError):
         Ensemble([members[0], NDeMTorchMDNet()])
+
+
+def test_members_that_predict_different_things(ethanol):
+    labels = {"gap": np.linspace(5, 6, 8), "homo": np.linspace(-7, -6, 8)}
+    data = MolecularDataset(**{**ethanol[:8].columns(), "targets": labels})
+    members = [fitted(data, target=target, reference_energies=None, preset="qm9_fast") for target in ("gap", "homo")]
+    with pytest.raises(ConfigError, match="model 1 has target 'homo', model 0 has 'gap'"):
+        Ensemble(members)
+
+
+def test_networks_that_cannot_be_stacked(ethanol):
+    options = {"preset": "md17_fast", "backbone_options": EquiformerV2.tiny, "progress": False, "device": "cpu"}
+    options |= {"reference_energies": REFERENCE}
+    members = [NDeMEquiformerV2(**options, seed=seed).fit(ethanol[:4], max_steps=1) for seed in range(2)]
+    with pytest.raises(ConfigError, match="stacked=True, but a EquiformerV2 cannot be stacked"):
+        Ensemble(members, stacked=True)
+    predicted = Ensemble(members).predict(ethanol[:3])
+    energies = [model.predict(ethanol[:3])["energy"] for model in members]
+    np.testing.assert_allclose(predicted["energy"], np.mean(energies, axis=0))

@@ -16,6 +16,7 @@ from ase.neighborlist import neighbor_list as ase_neighbor_list
 
 from ndem_zoo import graph
 from ndem_zoo.errors import DataError
+from ndem_zoo.featurizers.radius import RadiusGraph
 from ndem_zoo.testing import batch_of, waves
 from ndem_zoo.testing.common import distorted, example_cluster, example_crystal, example_molecules
 
@@ -480,3 +481,47 @@ def test_nearest_edges_are_the_same_for_many_atoms():
     assert torch.equal(few, many)
     assert 0 < few.sum() < len(src)
     assert edges[2][few].bincount().max() == 6
+
+
+@pytest.mark.parametrize("name", ["fcc111", "rocksalt", "one atom"])
+def test_equally_near_images_are_chosen_alike_by_everybody(name, monkeypatch):
+    """A perfect crystal has nothing but ties: lists, a calculator's larger radius, the GPU's search, and rotations agree."""
+    slab = {
+        "fcc111": lambda: fcc111("Cu", (3, 3, 2), vacuum=6.0, periodic=True),
+        "rocksalt": lambda: bulk("NaCl", "rocksalt", a=5.64).repeat((2, 1, 1)),
+        "one atom": lambda: bulk("Cu"),
+    }[name]()
+    slab.pbc = True
+    limit = graph.Nearest(20)
+    turned = slab.copy()
+    turned.rotate(37, (1, 2, 3), rotate_cell=True)
+
+    def edges(atoms: Atoms, cutoff: float, nearest: graph.Nearest | None) -> graph.Batch:
+        cell, pbc, counts = atoms.cell.array[None], atoms.pbc[None], np.array([len(atoms)])
+        return graph.make_batch(
+            atoms.numbers, atoms.positions, counts, cutoff, nearest=nearest, cell=cell, pbc=pbc, dtype=torch.float64
+        )
+
+    def images(batch: graph.Batch, atoms: Atoms) -> set[tuple]:
+        number = np.round(batch.shift.numpy() @ np.linalg.inv(atoms.cell.array)).astype(int)
+        return {(int(s), int(d), *n) for s, d, n in zip(batch.src, batch.dst, number.tolist(), strict=True)}
+
+    expected = images(edges(slab, 9.0, limit), slab)
+    assert len(expected) == 20 * len(slab)
+    assert images(graph.within(edges(slab, 9.5, None), 9.0, limit), slab) == expected
+    assert images(edges(turned, 9.0, limit), turned) == expected
+    monkeypatch.setattr(graph, "LISTS_ON", ())
+    assert images(graph.rebuild_edges(edges(slab, 9.0, limit), 9.0), slab) == expected
+    featurized = RadiusGraph(cutoff=9.0, max_neighbors=20)(slab)
+    batch = graph.from_dgl(featurized, 9.0, torch.float64)
+    assert images(batch, slab) == expected
+
+
+def test_a_small_cell_among_large_ones_does_not_make_chunks_too_large(monkeypatch):
+    monkeypatch.setattr(graph, "PAIRS_AT_ONCE", 1 << 16)
+    counts, reach = torch.tensor([40, 2, 40]), torch.tensor([[1, 1, 0], [4, 4, 4], [1, 1, 0]])
+    for first, last in graph._chunks(counts, reach):
+        images = (2 * reach[first:last].amax(0) + 1).prod()
+        assert last - first == 1 or int(counts[first:last].square().sum() * images) <= 1 << 16
+    assert graph._chunks(counts, reach)[0][0] == 0
+    assert graph._chunks(counts, reach)[-1][1] == 3

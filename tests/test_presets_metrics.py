@@ -281,3 +281,11 @@ def test_units_of_oc20_metrics():
         "eV/Å",
         "eV/Å",
     ]
+
+
+def test_sources_are_of_the_right_dataset():
+    for name, values in PRESETS.items():
+        for key, (_, source) in values.items():
+            if name.startswith(("oc20", "qm9")):
+                assert "Table 7" not in source, (name, key)
+                assert "MD17" not in source, (name, key)

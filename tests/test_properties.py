@@ -223,3 +223,23 @@ def test_metrics_are_named_after_the_target():
     )
     assert [unit_of(name) for name in found] == ["eV", "eV", "meV", "meV"]
     assert (unit_of("mu_mae"), unit_of("energy_mae")) == ("D", "eV")
+
+
+def test_a_column_of_one_number_each_is_a_column(molecules):
+    """(S, 1), as a data frame gives it, would be compared with (S,) all against all."""
+    columns = molecules.columns()
+    for name in ("gap", "made_up"):
+        labels = {name: columns["targets"][name].reshape(-1, 1)}
+        data = MolecularDataset(**{**columns, "targets": labels})
+        if name == "gap":
+            assert data.targets["gap"].shape == (len(data),)
+            continue
+        with pytest.raises(
+            DataError, match=r"made_up has shape \(88, 1\); a target has one number per structure, \(88,\)"
+        ):
+            estimator(target=name).fit(data)
+
+
+def test_nothing_is_subtracted_from_a_dipole_moment(molecules):
+    with pytest.raises(ConfigError, match="reference_energies='fit' with target='mu'"):
+        estimator(target="mu", reference_energies="fit").fit(molecules)

@@ -379,3 +379,10 @@ def test_edges_that_are_made_on_the_device(limit, monkeypatch):
     ]
     for one, other in zip(*lengths, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_limit_on_neighbors_is_known_to_predictions():
+    slabs = MolecularDataset.from_atoms([fcc111("Cu", (3, 3, 4), vacuum=8.0, periodic=True)] * 12)
+    atoms = len(slabs.z) // 12
+    assert expected_edges(slabs, 12.0, Nearest(20)).tolist() == [20 * atoms] * 12
+    assert expected_edges(slabs, 12.0)[0] > 100 * atoms

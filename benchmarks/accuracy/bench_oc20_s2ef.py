@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "supervised": {"objective": "supervised"},
     "dens": {"objective": "dens", "objective_options": {"probability": 0.5, "ratio": 0.5}, "weight": 10.0},
-    "ndem": {"objective": "ndem", "objective_options": {"ratio": 0.5}},
+    "ndem": {"objective": "ndem", "objective_options": {"ratio": 0.5}, "weight": 1.0},
 }
 SHOWN = ("forces_mae", "forces_cosine", "energy_mae")
 

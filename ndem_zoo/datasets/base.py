@@ -122,10 +122,11 @@ class MolecularDataset:
         self._graphs: np.ndarray | None = None
 
     def _rows(self, name: str, values: Any, dtype: Any) -> np.ndarray:
-        """A target or extra column in its final shape; an energy column (S, 1) becomes (S,)."""
+        """A target or extra column in its final shape; a column (S, 1) of a known property becomes (S,)."""
         values = np.asanyarray(values)
         rows = len(self.z) if name in self.per_atom else len(self)
-        if name == "energy" and values.shape == (rows, 1):
+        is_one_number = name in PER_STRUCTURE - {"dipole", "stress"}
+        if is_one_number and values.shape == (rows, 1):
             values = values.reshape(rows)
         shape = {"energy": (rows,), "forces": (rows, 3)}.get(name, (rows, *values.shape[1:]))
         return _column(name, values, shape, dtype)

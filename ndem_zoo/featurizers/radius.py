@@ -14,7 +14,7 @@ import torch
 
 from ndem_zoo.errors import ConfigError, DataError
 from ndem_zoo.featurizers.base import Featurizer, Structure
-from ndem_zoo.graph import Nearest, nearest_edges, neighbor_list, to_dgl
+from ndem_zoo.graph import Nearest, image_numbers, nearest_edges, neighbor_list, to_dgl
 
 if TYPE_CHECKING:
     from dgl import DGLGraph
@@ -77,8 +77,13 @@ class RadiusGraph(Featurizer):
         keep = distance < self.radius
         if self.max_neighbors is not None:
             limit = Nearest(self.max_neighbors, self.strict)
-            edges = (torch.from_numpy(values) for values in (distance, src, dst))
-            keep &= nearest_edges(*edges, len(pos), limit).numpy()
+            edges = [torch.from_numpy(values) for values in (distance, src, dst)]
+            image = (
+                None
+                if structure.cell is None
+                else image_numbers(torch.from_numpy(shift), torch.from_numpy(structure.cell))
+            )
+            keep &= nearest_edges(*edges, len(pos), limit, image).numpy()
         return to_dgl(
             structure.z,
             pos,

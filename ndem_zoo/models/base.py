@@ -78,6 +78,8 @@ class Backbone(nn.Module, ABC):
     mirror: ClassVar[bool] = True
     rng: torch.Generator | None = None
     tiny: ClassVar[dict[str, Any]]
+    #: Whether several networks can be run in one pass by `torch.func` (`Ensemble`).
+    can_be_stacked: ClassVar[bool] = True
     #: Published sets of options by name; `from_preset` and the option ``preset`` of an estimator take them.
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     #: How the pass is run: ``"eager"``, plain and the reference, or one of `plans`.

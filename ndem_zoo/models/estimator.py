@@ -32,7 +32,7 @@ from ndem_zoo.metrics import dataset_metrics
 from ndem_zoo.models.base import Backbone, options_of
 from ndem_zoo.models.potential import EXTENT, Potential
 from ndem_zoo.objectives.base import Objective, SupervisedLoss
-from ndem_zoo.physics import MAX_Z, fit_reference_energies
+from ndem_zoo.physics import MAX_Z, element_counts, fit_reference_energies
 from ndem_zoo.presets import preset_values
 from ndem_zoo.properties import property_of
 from ndem_zoo.training import TrainSettings, seeded, train
@@ -338,6 +338,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         Elements must be among `known`, for which there are reference energies; None: those of the training data.
         """
         resolved = self._resolve()
+        if self.unknown_elements not in ("error", "warn"):
+            raise ConfigError(f"unknown_elements={self.unknown_elements!r}; allowed are 'error' and 'warn'")
         _settings(resolved, limits)
         torch_device(self.device)
         requires = self._make_objective(resolved).requires
@@ -352,8 +354,10 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                     raise DataError("which is empty: it must hold at least one structure")
                 check_structures(columns)
                 check_targets(columns, requires)
+                check_one_number(columns, resolved["supervised"]["target"])
                 known = [chemical_symbols[number] for number in np.unique(columns.z)] if known is None else known
-                check_known_elements(columns.z, columns.ptr, known, self.unknown_elements)
+                action = self.unknown_elements if name == "validation" else "error"
+                check_known_elements(columns.z, columns.ptr, known, action)
             except DataError as error:
                 raise DataError(f"{name} set, {error}") from error
             checked.append(columns)
@@ -511,6 +515,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         columns, structures = self._predict_columns(dataset)
         if len(structures) == 0:
             raise DataError("the dataset is empty: it must hold at least one structure")
+        check_one_number(structures, self.potential_.target)
         check_targets(structures, set(columns) & set(structures.targets))
         found = dataset_metrics(columns, structures)
         if not found:
@@ -588,7 +593,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             files.save_json(folder / "config.json", config)
             files.save_tensors(folder / "weights.safetensors", tensors)
             write_history(folder / "history.csv", self.history_)
-            files.write_text(folder / "card.md", model_card(config, potential.n_parameters, self.history_))
+            files.write_text(
+                folder / "card.md", model_card(config, potential.n_parameters, self.history_, float(potential.shift))
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: str | None = None) -> NDeMModel:
@@ -666,9 +673,9 @@ def check_known_elements(z: np.ndarray, ptr: np.ndarray, known: Iterable[str], a
     action
         ``"error"``, or ``"warn"`` for a `DataWarning` instead.
     """
-    if action not in ("error", "warn"):
-        raise ConfigError(f"unknown_elements={action!r}; allowed are 'error' and 'warn'")
     known = sorted(atomic_numbers[symbol] for symbol in known)
+    if np.isin(np.unique(z), known).all():  # without a column of its own, which counts with millions of structures
+        return
     bad = np.flatnonzero(~np.isin(z, known))
     if len(bad):
         index = int(np.searchsorted(ptr, bad[0], side="right") - 1)
@@ -682,8 +689,20 @@ def check_known_elements(z: np.ndarray, ptr: np.ndarray, known: Iterable[str], a
         warnings.warn(message, DataWarning, stacklevel=3)
 
 
+def check_one_number(dataset: MolecularDataset, target: str) -> None:
+    """Raise DataError unless a target, if it is there, has one number for each structure."""
+    values = dataset.targets.get(target)
+    if values is not None and values.shape != (len(dataset),):
+        raise DataError(
+            f"{target} has shape {values.shape}; a target has one number per structure, ({len(dataset)},)"
+            + (" (give one of its columns)" if values.ndim > 1 else "")
+        )
+
+
 def _check_table(dataset: MolecularDataset, backbone: Backbone) -> None:
     """Raise DataError for an atomic number beyond the backbone's tables."""
+    if len(dataset) and np.max(dataset.z) < backbone.max_z:
+        return
     bad = np.flatnonzero(dataset.z >= backbone.max_z)
     if len(bad):
         index = int(np.searchsorted(dataset.ptr, bad[0], side="right") - 1)
@@ -743,6 +762,10 @@ def _references(
 ) -> tuple[np.ndarray, float]:
     """Reference energies by atomic number, and what is added once for each structure; see `NDeMModel`."""
     nothing = np.zeros(MAX_Z + 1)
+    if property_of(target).readout == "dipole" and wanted not in (None, "none"):
+        raise ConfigError(
+            f"reference_energies={wanted!r} with target={target!r}: nothing is subtracted from a dipole moment"
+        )
     if isinstance(wanted, dict):
         return _reference_from(wanted, np.unique(train_set.z)), 0.0
     allowed = ("fit", "dataset", "mean", "none")
@@ -783,10 +806,9 @@ def _scale(train_set: MolecularDataset, target: str, reference: np.ndarray, want
     if wanted == "force_rms" and "forces" in train_set.targets and target == "energy":
         value = root_mean_square(train_set, "forces")
     elif target in train_set.targets:
-        atoms = reference[train_set.z]
-        if property_of(target).readout == "spatial_extent":
-            atoms = atoms * _extents(train_set)
-        value = float(np.std(train_set.targets[target] - np.add.reduceat(atoms, train_set.ptr[:-1])))
+        extents = _extents(train_set) if property_of(target).readout == "spatial_extent" else None
+        sums = element_counts(train_set.z, train_set.ptr, extents) @ reference
+        value = float(np.std(train_set.targets[target] - sums))
     else:
         value = 1.0
     return value if value > 1e-8 else 1.0  # a single structure has no spread but rounding errors

@@ -102,6 +102,9 @@ class Potential(nn.Module):
         self.readout = property_of(target).readout
         self.energy_head = backbone.charge_head() if self.readout == "dipole" else backbone.scalar_head()
         self.force_head = backbone.vector_head() if forces == "direct" else None
+        if self.readout != "sum":
+            masses = torch.as_tensor(atomic_masses[: MAX_Z + 1])
+            self.register_buffer("masses", masses, persistent=False)
         energies = np.zeros(MAX_Z + 1) if reference is None else np.asarray(reference, dtype=np.float64)
         self.register_buffer("reference", torch.as_tensor(energies))
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
@@ -109,7 +112,7 @@ class Potential(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         # Pitfall: Module.float() would round the reference energies; only their device may change.
-        exact = {name: getattr(self, name) for name in ("reference", "scale", "shift")}
+        exact = {name: getattr(self, name) for name in ("reference", "scale", "shift", "masses") if hasattr(self, name)}
         super()._apply(fn, recurse)
         for name, value in exact.items():
             setattr(self, name, value.to(getattr(self, name).device))
@@ -169,12 +172,12 @@ class Potential(nn.Module):
         """The target, from what the head says of the atoms."""
         if self.readout == "dipole":
             charges, dipoles = self.energy_head(features, batch)
-            moment = dipoles.double() + charges.double().unsqueeze(-1) * from_center_of_mass(batch)
+            moment = dipoles.double() + charges.double().unsqueeze(-1) * from_center_of_mass(batch, self.masses)
             return self.scale * safe_norm(sum_over_atoms(moment, batch)) + self.shift
         per_atom = self.energy_head(features, batch)  # (N,), in units of scale
         reference = self.reference.index_select(0, batch.z)
         if self.readout == "spatial_extent":
-            weight = from_center_of_mass(batch).square().sum(-1) / EXTENT
+            weight = from_center_of_mass(batch, self.masses).square().sum(-1) / EXTENT
             per_atom, reference = per_atom.double() * weight, reference * weight
         network = sum_over_atoms(per_atom, batch).double() * self.scale
         return network + (sum_over_atoms(reference, batch) + self.shift)
@@ -190,9 +193,9 @@ def _detach(value: Any) -> Any:
     return value.detach() if hasattr(value, "detach") else value
 
 
-def from_center_of_mass(batch: Batch) -> Float[Tensor, "N 3"]:
-    """Positions relative to the center of mass of their structure in Å, float64."""
-    mass = torch.as_tensor(atomic_masses[: MAX_Z + 1], device=batch.pos.device).index_select(0, batch.z).unsqueeze(-1)
+def from_center_of_mass(batch: Batch, masses: Float[Tensor, " Z"]) -> Float[Tensor, "N 3"]:
+    """Positions relative to the center of mass of their structure in Å, float64; masses by atomic number."""
+    mass = masses.index_select(0, batch.z).unsqueeze(-1)
     pos = batch.pos.double()
     center = sum_over_atoms(mass * pos, batch) / sum_over_atoms(mass, batch)
     return pos - center.index_select(0, batch.system)

@@ -116,6 +116,7 @@ class EquiformerV2(Backbone):
     #: Measured: 4e-10, the largest of 12 rotations (degree 2 on 18 x 18 points).
     symmetry: ClassVar[float] = 1e-8
     mirror: ClassVar[bool] = False
+    can_be_stacked: ClassVar[bool] = False  # its passes are functions of autograd
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         name: {option: sourced.value for option, sourced in values.items()} for name, values in PRESETS.items()
     }
