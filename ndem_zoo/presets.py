@@ -226,6 +226,7 @@ PRESETS: dict[str, dict[str, Sourced]] = {
     | {
         "batch_size": Sourced(4, _OURS),
         "eval_batch_size": Sourced(8, _OURS),
+        "weight": Sourced(1.0, _OURS),
         "lr": Sourced(2e-3, _OURS),
         "min_lr": Sourced(2e-5, _OURS),
         "warmup_steps": Sourced(50, _OURS),

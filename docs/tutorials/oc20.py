@@ -61,9 +61,9 @@ print(
 
 # %%
 model = NDeMEquiformerV2(
-    preset="oc20_tiny", objective="ndem", warmup_steps=10, unknown_elements="warn", progress=False, seed=0
+    preset="oc20_tiny", objective="ndem", lr=4e-3, warmup_steps=10, unknown_elements="warn", progress=False, seed=0
 )
-model.fit(train, max_steps=40)
+model.fit(train, max_steps=100)
 print(f"{model.potential_.n_parameters:,} parameters, last losses:")
 print({name: round(value, 2) for name, value in model.history_[-1].items() if name.startswith("train_")})
 
