@@ -62,12 +62,14 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: type[Recomputed], constants: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The quick step; only the inputs are kept."""
         ctx.step, ctx.constants = step, constants
         ctx.save_for_backward(*tensors)
         return step.quick(constants, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in chunks; by way of `plain`, where they are to be differentiated again."""
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
         if not torch.is_grad_enabled():
             found = ctx.step.quick_backward(ctx.constants, needs, gradients, *tensors)
