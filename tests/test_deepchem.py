@@ -197,29 +197,29 @@ def test_no_graph_of_a_step_outlives_it(make, train):
     counts = []
 
     def count(model, step):
-        gc.collect()
-        tensors = (item for item in gc.get_objects() if isinstance(item, torch.Tensor))
-        counts.append(sum(tensor.grad_fn is not None for tensor in tensors))
+        if step in (1, 6, 11):
+            gc.collect()
+            tensors = (item for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
+            counts.append(sum(tensor.grad_fn is not None for tensor in tensors))
 
     make().fit(train, nb_epoch=3, callbacks=count)
-    assert len(counts) == 12
-    assert max(counts) == counts[0]
+    assert counts == [counts[0]] * 3
 
 
 def test_plateau_schedule(make, train):
     """DeepChem's third bug: a schedule that looks at the loss is impossible."""
-    options = {"schedule": "plateau", "plateau_patience": 0, "plateau_factor": 0.5, "lr": 1.0}
-    model = make(objective="supervised", clip_norm=1e-3, **options)
+    options = {"schedule": "plateau", "plateau_patience": 0, "plateau_factor": 0.5, "lr": 0.25}
+    model = make(objective="supervised", **options)
     model.fit(train, nb_epoch=2, valid=train)
     model.fit(train, nb_epoch=4, valid=train)
     rates = [row["lr"] for row in model.model.history_]
     losses = [row["valid_loss"] for row in model.model.history_]
-    expected, scale = [], 1.0
+    expected, rate = [], 0.25
     for k, loss in enumerate(losses):
-        expected.append(scale)
-        scale *= 1.0 if loss < min(losses[:k], default=math.inf) else 0.5
+        expected.append(rate)
+        rate *= 1.0 if loss < min(losses[:k], default=math.inf) else 0.5
     assert rates == expected
-    assert min(rates) < 1.0
+    assert rates[-1] < rates[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- evaluation
@@ -258,8 +258,8 @@ def test_weights_of_zero_leave_structures_out(dc, zoo, make, train, train_set, t
     )
     a, b = make(), make()
     assert a.fit(padded, nb_epoch=1) == b.fit(train, nb_epoch=1)
-    assert a.evaluate(padded)["mae_energy"] == pytest.approx(b.evaluate(train)["mae_energy"], rel=1e-12)
-    assert a.evaluate(padded)["mae_forces"] == pytest.approx(b.evaluate(train)["mae_forces"], rel=1e-12)
+    for name, value in b.evaluate(train).items():  # other batches, and so other roundings
+        assert a.evaluate(padded)[name] == pytest.approx(value, rel=1e-5)
     doubled = dc.data.NumpyDataset(train.X, train.y, 2 * train.w, train.ids)
     assert make().fit(doubled, nb_epoch=1) == make().fit(train, nb_epoch=1)
     odd = train.w.copy()
