@@ -81,14 +81,14 @@ def test_a_pipeline_from_atoms_is_the_estimator_on_the_dataset(frames, dgl):
 
 @pytest.mark.dgl
 def test_a_pipeline_is_cloned_and_searched(frames, dgl):
-    atoms = [frames.atoms(i) for i in range(12)]
+    atoms = [frames.atoms(i) for i in range(24)]
     options = {"objective": "supervised", "max_steps": 30}
     rates = {"model__lr": [1e-9, 1e-2]}
     search = GridSearchCV(pipeline(**options), rates, cv=KFold(2), error_score="raise").fit(atoms)
     assert search.best_params_ == {"model__lr": 1e-2}
     expected = [
         estimator(**options).fit(frames[a]).score(frames[b])
-        for a, b in ((range(6, 12), range(6)), (range(6), range(6, 12)))
+        for a, b in ((range(12, 24), range(12)), (range(12), range(12, 24)))
     ]
     scores = [search.cv_results_[f"split{k}_test_score"][1] for k in range(2)]
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
