@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,6 +38,7 @@ from ndem_zoo.models.estimator import NDeMModel
 from ndem_zoo.models.torchmd_net import NDeMTorchMDNet
 from ndem_zoo.objectives.base import check_whole
 from ndem_zoo.optional import require
+from ndem_zoo.properties import PROPERTIES
 from ndem_zoo.sampling import Order
 from ndem_zoo.training import _content_hash
 
@@ -265,10 +267,33 @@ def _per_atom(dataset: MolecularDataset) -> dict[str, bool]:
     return {name: name in dataset.per_atom for name in (*dataset.targets, *dataset.extras)}
 
 
-def _task_names(dataset: Any) -> list[str]:
-    """Names that a dataset has for its tasks; DeepChem's numbers are none."""
-    names = list(dataset.get_task_names()) if hasattr(dataset, "get_task_names") else []
-    return names if names and all(isinstance(name, str) for name in names) else ["energy"]
+def _task_names(dataset: Any, default: Sequence[str] = ("energy",)) -> list[str]:
+    """Names that a dataset has for its tasks, or `default`; DeepChem's numbers are none."""
+    names = (
+        [str(name) if isinstance(name, str) else name for name in dataset.get_task_names()]
+        if hasattr(dataset, "get_task_names")
+        else []
+    )
+    return names if names and all(isinstance(name, str) for name in names) else list(default)
+
+
+def _one_task(dataset: Any, target: str) -> Any:
+    """The dataset with the one column of `y` that is `target`, where it has names for its columns.
+
+    Raises
+    ------
+    DataError
+        If its only column has the name of another target that we know.
+    """
+    names = _task_names(dataset, default=())
+    if target not in names:
+        if len(names) == 1 and names[0] in PROPERTIES:
+            raise DataError(f"y is {names[0]!r}, but the model predicts {target!r}: give the model target={names[0]!r}")
+        return dataset
+    if len(names) == 1:
+        return dataset
+    k = names.index(target)
+    return SimpleNamespace(X=dataset.X, y=dataset.y[:, k : k + 1], w=dataset.w[:, k : k + 1], ids=dataset.ids)
 
 
 def _labeled_rows(w: np.ndarray) -> np.ndarray:
@@ -397,6 +422,7 @@ class EstimatorModel(dc.models.Model):
         super().__init__(model=estimator, model_dir=model_dir)
         self.tensorboard, self.wandb_logger = tensorboard, wandb_logger
         self._writer: Any = None
+        self._source: NDeMModel | str | os.PathLike | None = None
         self._global_step = 0
         self._phase: _Phase | None = None
 
@@ -419,8 +445,8 @@ class EstimatorModel(dc.models.Model):
         Parameters
         ----------
         dataset
-            A DeepChem dataset of DGLGraphs with one column of labels in `y` (energies in eV, or the estimator's `target`);
-            forces in eV/Å in the graphs. Also all that `NDeMModel.fit` takes.
+            A DeepChem dataset of DGLGraphs with one column of labels in `y` (energies in eV, or the estimator's `target`),
+            or several of which one has its name; forces in eV/Å in the graphs. Also all that `NDeMModel.fit` takes.
         nb_epoch
             Passes over the data from here on.
         max_checkpoints_to_keep
@@ -478,7 +504,7 @@ class EstimatorModel(dc.models.Model):
         if dataset is None or isinstance(dataset, MolecularDataset):
             return dataset
         if all(hasattr(dataset, name) for name in ("X", "y", "w", "ids")):
-            return from_deepchem(dataset, [self._target])
+            return from_deepchem(_one_task(dataset, self._target), [self._target])
         return as_dataset(dataset)
 
     @property
@@ -498,7 +524,7 @@ class EstimatorModel(dc.models.Model):
         known = getattr(estimator, "reference_", None)
         train_set, valid_set = estimator._checked(dataset, valid, {"nb_epoch": nb_epoch}, known)
         if known is None:
-            estimator._build(train_set, None)
+            estimator._build(train_set, self._source)
         else:
             estimator._rebuild_objective(train_set)
         earlier = self._phase
@@ -568,6 +594,24 @@ class EstimatorModel(dc.models.Model):
             handle.remove()
         if n_begun:
             act()
+
+    def load_from_pretrained(self, source_model: EstimatorModel | NDeMModel | str | os.PathLike) -> None:
+        """Let the first `fit` begin with backbone, energy and force heads of another model, and its scale.
+
+        Parameters
+        ----------
+        source_model
+            A fitted model of this module, a fitted estimator, or the folder of a saved one; see ``init_from`` of
+            `NDeMModel.fit`.
+
+        Raises
+        ------
+        ConfigError
+            If this model has weights already.
+        """
+        if hasattr(self.model, "potential_"):
+            raise ConfigError("this model has weights already: load_from_pretrained comes before the first fit")
+        self._source = source_model.model if isinstance(source_model, EstimatorModel) else source_model
 
     def fit_on_batch(self, X: Sequence, y: Sequence, w: Sequence) -> float:
         """Not there: an optimizer belongs to a training on a dataset.
@@ -797,6 +841,7 @@ def _labels(dataset: Any, structures: MolecularDataset, target: str) -> tuple[np
     """
     n = len(structures)
     if not isinstance(dataset, MolecularDataset) and hasattr(dataset, "y"):
+        dataset = _one_task(dataset, target)
         y, w = np.asarray(dataset.y), np.asarray(dataset.w, dtype=np.float64)
     else:
         has = target in structures.targets

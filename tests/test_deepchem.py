@@ -135,6 +135,21 @@ def test_other_data_go_on_from_the_weights(make, train, train_set, test, ethanol
     assert [row["step"] for row in model.model.history_] == [4, 8, 2, 4]
 
 
+@pytest.mark.parametrize("form", ["model", "estimator", "folder"])
+def test_beginning_with_another_models_weights(make, train, train_set, test, test_set, tmp_path, form):
+    source = make(objective="supervised")
+    source.fit(train, nb_epoch=2)
+    source.model.save(tmp_path / "saved")
+    model = make()
+    model.load_from_pretrained({"model": source, "estimator": source.model, "folder": tmp_path / "saved"}[form])
+    model.fit(train, nb_epoch=1)
+    plain = NDeMTorchMDNet(**OPTIONS, backbone_options=TINY["torchmd_net"])
+    plain.fit(train_set, nb_epoch=1, init_from=source.model)
+    np.testing.assert_array_equal(model.predict(test)[:, 0], plain.predict(test_set)["energy"])
+    with pytest.raises(ConfigError, match="before the first fit"):
+        model.load_from_pretrained(source)
+
+
 def test_options_that_are_refused(zoo, make, train):
     with pytest.raises(TypeError, match="batchsize"):
         zoo.TorchMDNetModel(batchsize=3)
@@ -171,6 +186,7 @@ def test_validation_during_training_changes_nothing(dc, zoo, make, train, test, 
 
 
 def test_validation_callback_keeps_the_best(dc, zoo, make, train, test, test_set, tmp_path):
+    pytest.importorskip("tensorboard")
     output = io.StringIO()
     metrics = [dc.metrics.Metric(dc.metrics.mae_score), zoo.forces_metric()]
     callback = dc.models.ValidationCallback(test, 2, metrics, output, str(tmp_path / "best"), save_metric=1)
@@ -545,6 +561,24 @@ def test_a_property_of_qm9_with_a_transformer(dc, zoo, make, shared_data, tmp_pa
     _, (again, _, _), kept = zoo.load_qm9("gap", None, splitter, ["normalization"], **options)
     np.testing.assert_array_equal(again.y, train.y)
     np.testing.assert_allclose(kept[0].untransform(again.y)[:, 0], labels, rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::ndem_zoo.errors.DataWarning")
+def test_columns_are_chosen_by_name(zoo, make, shared_data, tmp_path):
+    options = {"data_dir": shared_data / "mini", "uncharacterized": "keep", "n_train": 30, "n_valid": 0, "n_test": 0}
+    _, (columns, _, _), _ = our_load_qm9(["homo", "gap"], **options)
+    disk = zoo.to_disk(columns, tmp_path / "both")
+    settings = {"objective": "supervised", "target": "gap"}
+    a, b = make(**settings), make(**settings)
+    a.fit(disk, nb_epoch=1)
+    b.fit(columns.with_targets(["gap"]).to_deepchem(), nb_epoch=1)
+    np.testing.assert_array_equal(a.predict(disk), b.predict(disk))
+    expected = np.abs(a.predict(disk)[:, 0] - columns.targets["gap"]).mean()
+    assert a.evaluate(disk)["mae_gap"] == pytest.approx(expected, rel=1e-12)
+    homo = zoo.to_disk(columns.with_targets(["homo"]), tmp_path / "homo")
+    for call in (a.fit, a.evaluate):
+        with pytest.raises(DataError, match="y is 'homo', but the model predicts 'gap'"):
+            call(homo)
 
 
 @pytest.mark.filterwarnings("ignore::ndem_zoo.errors.DataWarning")

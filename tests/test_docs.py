@@ -95,6 +95,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, dgl):
 @pytest.mark.parametrize(("page", "block"), with_language("python", run=False))
 def test_python_blocks_that_are_not_run_fit_the_code(page, block):
     """They compile, what they import exists, and calls of what they import use keywords that exist."""
+    if "ndem_zoo.deepchem" in block.text:
+        pytest.importorskip("deepchem")
     tree = ast.parse(block.text)
     imported = {}
     for node in ast.walk(tree):
