@@ -269,12 +269,9 @@ def _per_atom(dataset: MolecularDataset) -> dict[str, bool]:
 
 def _task_names(dataset: Any, default: Sequence[str] = ("energy",)) -> list[str]:
     """Names that a dataset has for its tasks, or `default`; DeepChem's numbers are none."""
-    names = (
-        [str(name) if isinstance(name, str) else name for name in dataset.get_task_names()]
-        if hasattr(dataset, "get_task_names")
-        else []
-    )
-    return names if names and all(isinstance(name, str) for name in names) else list(default)
+    names = list(dataset.get_task_names()) if hasattr(dataset, "get_task_names") else []
+    is_named = names and all(isinstance(name, str) for name in names)
+    return [str(name) for name in (names if is_named else default)]
 
 
 def _one_task(dataset: Any, target: str) -> Any:
@@ -572,7 +569,7 @@ class EstimatorModel(dc.models.Model):
         def act() -> None:
             phase.step += 1
             self._global_step = phase.start + phase.step
-            rng, backbone.rng = backbone.rng, None  # predictions must not use up the randomness of the next step
+            rng, backbone.rng = backbone.rng, None  # an action must not use up the randomness of the next step
             device = next(backbone.parameters()).device.type
             try:
                 with torch.autocast(device, enabled=False):
