@@ -1,8 +1,8 @@
 """DeepChem's own classes around ours: models, featurizers, datasets, loaders; imported only on request.
 
 The models are real `deepchem.models.Model`s with DeepChem's manners (`fit` returns the loss and continues) that hold one
-of our estimators and train through its loop. This is the only module that imports DeepChem. Numbers, networks and
-files are those of the rest of the package; eV and Å everywhere.
+of our estimators and train through its loop. Nothing else imports DeepChem, but for `MolecularDataset.to_deepchem` when
+it is called. Networks, numbers and files are those of the rest of the package; eV and Å everywhere.
 """
 
 from __future__ import annotations
@@ -391,7 +391,8 @@ class EstimatorModel(dc.models.Model):
     `fit` continues in the same bits while data and settings stay the same (fit(2 epochs) twice is fit(4), where the
     schedules do not depend on the length of the training as ``"cosine"`` does). Other data or settings begin with the
     present weights and a new optimizer. It is no `TorchModel`: that one cannot be validated during a force training, keeps
-    the graphs of all steps in memory, and has no plateau schedule.
+    the graphs of all steps in memory, and has no plateau schedule. Of `TorchModel.fit` it lacks `deterministic`, `variables`
+    and `loss`: the order of the data comes from the seed, all weights are trained, and the loss is the objective's.
 
     Examples
     --------
