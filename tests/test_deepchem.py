@@ -105,6 +105,19 @@ def test_a_model_trains_and_predicts_as_its_estimator_does(dc, make, train, trai
     assert (model.get_task_type(), model.get_num_tasks()) == ("regression", 1)
 
 
+def test_a_few_frames_are_learned_by_heart(make, ethanol):
+    """DeepChem asks every model for such a test."""
+    few = ethanol[:3].to_deepchem()
+    network = {"hidden_channels": 32, "num_layers": 1, "num_heads": 4, "num_rbf": 16}
+    model = make(objective="supervised", backbone_options=network, lr=5e-3)
+    model.fit(few, nb_epoch=1)
+    before = model.evaluate(few)
+    model.fit(few, nb_epoch=300, checkpoint_interval=0)
+    after = model.evaluate(few)
+    assert after["mae_forces"] < 0.1 * before["mae_forces"]
+    assert after["mae_energy"] < 0.1 * before["mae_energy"]
+
+
 def test_fit_continues(make, train, test):
     twice, once = make(), make()
     losses: list[float] = []
@@ -403,6 +416,17 @@ def test_grid_search(dc, zoo, train, test, tmp_path):
     assert best.evaluate(test)["mae_forces"] == min(scores.values())
     assert best.get_global_step() == 16
     assert best.get_checkpoints()
+
+
+def test_random_search_builds_from_the_class(dc, zoo, train, test):
+    options = {name: [value] for name, value in OPTIONS.items()} | {"backbone_options": [TINY["torchmd_net"]]}
+    search = dc.hyper.RandomHyperparamOpt(zoo.TorchMDNetModel, max_iter=2)
+    found = search.hyperparam_search(
+        options | {"batch_size": [2, 3, 4]}, train, test, zoo.forces_metric(), nb_epoch=1, use_max=False
+    )
+    best, chosen, scores = found
+    assert best.evaluate(test)["mae_forces"] == min(scores.values())
+    assert best.get_global_step() == 12 // chosen["batch_size"]
 
 
 def test_no_type_error_leaves_fit(make, train, monkeypatch):
