@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
@@ -46,7 +45,7 @@ from ndem_zoo.schnetpack import (  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CUTOFF, WIDTH = 3.0, 16  # short, so that edges do cross the cutoff
-#: By definition of the units: 4184 J/kcal over the Faraday constant 96485.33212 C/mol.
+#: By definition of the units: 4184 J/kcal over the Faraday constant 96485.33212 C/mol; ASE's older one differs by 7e-9.
 EV_PER_KCAL_PER_MOL = 0.0433641042
 
 
@@ -190,13 +189,19 @@ def test_noise_refuses(options, message):
 
 @pytest.mark.parametrize(
     ("name", "mode", "options"),
-    [("PaiNN", "vector", {}), ("SchNet", "gradient", {}), ("SO3net", "vector", {"lmax": 2, "return_vector_representation": True})],
+    [
+        ("PaiNN", "vector", {}),
+        ("SchNet", "gradient", {}),
+        ("SO3net", "vector", {"lmax": 2, "return_vector_representation": True}),
+    ],
 )
 def test_main_branch_is_the_stock_model(name, mode, options):
     """Energies and forces have the same bits, in training mode, in evaluation mode, and without noise."""
     stock, ours = (model(ndem, name, mode, options) for ndem in (False, True))
     own = {k: v for k, v in ours.state_dict().items() if k.startswith("representation")}
-    assert all(torch.equal(v, stock.state_dict()[k]) for k, v in own.items()), "the parts of NDeM shift the random weights"
+    assert all(torch.equal(v, stock.state_dict()[k]) for k, v in own.items()), (
+        "the parts of NDeM shift the random weights"
+    )
     noise = AddNDeMNoise(ratio=1.0)
     for train in (True, False):
         stock.train(train), ours.train(train)
@@ -212,7 +217,6 @@ def test_main_branch_is_the_stock_model(name, mode, options):
 def noisy_forces(reach: float, sigma: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
     """What the noisy head says in the doubled batch, and for a batch of the noisy structures with lists of their own."""
     ours = fill_weights(model(True)).double()
-    ours.representation.cutoff_fn.double()
     inputs = batch(reach, AddNDeMNoise(sigma, ratio=1.0, seed=2), double=True)
     moved = inputs["ndem_positions"].split(inputs[P.n_atoms].tolist())
     ours(inputs)
@@ -230,7 +234,9 @@ def test_noisy_branch_is_that_of_a_fresh_neighbor_list():
     assert float(expected.detach().abs().max()) > 1e-2
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
     without_skin, expected = noisy_forces(CUTOFF)
-    assert float((without_skin - expected).detach().abs().max()) > 1e-8, "no edge crosses the cutoff: nothing was tested"
+    assert float((without_skin - expected).detach().abs().max()) > 1e-8, (
+        "no edge crosses the cutoff: nothing was tested"
+    )
 
 
 @pytest.mark.parametrize("grad_main", ["stop", "flow"])
@@ -270,16 +276,16 @@ def test_gradient_head_is_a_derivative():
     """Minus the change of the second energy when one coordinate of the noisy copy moves, by central differences."""
     ours = fill_weights(model(True, "SchNet", "gradient")).double()
 
-    def energy(step: float) -> tuple[float, torch.Tensor]:
+    def energy(step: float) -> float:
         inputs = batch(3.4, AddNDeMNoise(0.05, ratio=1.0, seed=2), double=True)
         inputs["ndem_positions"][4, 1] += step
         inputs[P.R] = inputs["ndem_positions"].clone()
-        plain = ours.representation(spk.atomistic.PairwiseDistances()({k: v for k, v in inputs.items() if k != "x"}))
+        plain = ours.representation(spk.atomistic.PairwiseDistances()(inputs))
         value = ours.output_modules[0].net(plain["scalar_representation"]).sum()
-        return float(value.detach()), inputs
+        return float(value.detach())
 
     h = 1e-4
-    slope = (energy(h)[0] - energy(-h)[0]) / (2 * h)
+    slope = (energy(h) - energy(-h)) / (2 * h)
     inputs = batch(3.4, AddNDeMNoise(0.05, ratio=1.0, seed=2), double=True)
     ours(inputs)
     assert abs(slope) > 1e-3
@@ -321,9 +327,9 @@ def ethanol_db(tmp_path_factory, ethanol) -> Path:
     return write_ase_db(ethanol[::50], path, units=units, metadata={"molecule": "ethanol"})
 
 
-def train(ndem: bool, db: Path, folder: Path, weight: float = 0.0, noise_in_model: bool = False, epochs: int = 3):
-    """Train a small PaiNN for some epochs with Lightning; the weights at the end."""
-    network = model(ndem, subtract_noise=noise_in_model) if ndem else model(False)
+def train(ndem: bool, db: Path, weight: float = 0.0, noise_in_model: bool = False) -> dict[str, torch.Tensor]:
+    """Weights after training a small PaiNN for three epochs with Lightning, in double precision."""
+    network = model(ndem, **({"subtract_noise": noise_in_model} if ndem else {})).double()
     if noise_in_model:
         network.input_modules.insert(0, AddNDeMNoise(per="batch"))
     steps = [
@@ -331,41 +337,281 @@ def train(ndem: bool, db: Path, folder: Path, weight: float = 0.0, noise_in_mode
         spk.transform.RemoveOffsets("energy", remove_mean=True),
         spk.transform.MatScipyNeighborList(3.4),
         *([AddNDeMNoise()] if ndem and not noise_in_model else []),
-        spk.transform.CastTo32(),
+        spk.transform.CastTo64(),
     ]
-    data = spk.data.AtomsDataModule(
-        str(db), batch_size=5, num_train=20, num_val=10, num_test=10, transforms=steps, num_workers=0,
-        split_file=None,
-    )  # fmt: skip
+    sizes = {"batch_size": 5, "num_train": 20, "num_val": 10, "num_test": 10, "num_workers": 0}
+    data = spk.data.AtomsDataModule(str(db), transforms=steps, split_file=None, **sizes)
     mse = torch.nn.MSELoss()
     outputs = [ModelOutput(k, mse, w, {}) for k, w in (("energy", 0.01), ("forces", 0.99))]
     if noise_in_model:
         outputs.append(UnsupervisedModelOutput("ndem_difference", MeanSquare(), weight, {}))
     elif ndem:
         outputs.append(ModelOutput("ndem_difference", mse, weight, {}, target_property="ndem_noise"))
-    task = AtomisticTask(network, outputs, torch.optim.AdamW, {"lr": 1e-2})
-    trainer = pytorch_lightning.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=str(folder), inference_mode=False,
-    )  # fmt: skip
-    trainer.fit(task, data)
-    return {k: v for k, v in strip_ndem(network).state_dict().items()} if ndem else network.state_dict()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pytorch_lightning.Trainer(max_epochs=3, accelerator="cpu", inference_mode=False, **quiet)
+    trainer.fit(AtomisticTask(network, outputs, torch.optim.AdamW, {"lr": 1e-2}), data)
+    return (strip_ndem(network) if ndem else network).state_dict()
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((other[key] - value).abs().max()) for key, value in one.items())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_weight_zero_reproduces_a_stock_run(ethanol_db, tmp_path, monkeypatch):
+    """To the rounding of sums, into which the noisy half brings zeros: same weights, order of the data, and steps."""
     monkeypatch.chdir(tmp_path)
-    stock = train(False, ethanol_db, tmp_path)
-    zero = train(True, ethanol_db, tmp_path, weight=0.0)
-    one = train(True, ethanol_db, tmp_path, weight=10.0)
-    in_model = train(True, ethanol_db, tmp_path, weight=10.0, noise_in_model=True)
-    start = model(False).state_dict()
-    assert stock.keys() == zero.keys()
-    biggest = {name: 0.0 for name in ("zero", "one", "in_model", "start")}
-    for key, value in stock.items():
-        for name, other in (("zero", zero), ("one", one), ("in_model", in_model), ("start", start)):
-            biggest[name] = max(biggest[name], float((other[key] - value).abs().max()))
-    print(biggest)
-    assert biggest["start"] > 0.05
-    assert biggest["zero"] < 1e-5
-    assert min(biggest["one"], biggest["in_model"]) > 1e-3
+    stock = train(False, ethanol_db)
+    assert largest_difference(stock, model(False).double().state_dict()) > 0.05
+    assert largest_difference(stock, train(True, ethanol_db)) < 1e-11
+    for noise_in_model in (False, True):
+        assert largest_difference(stock, train(True, ethanol_db, 10.0, noise_in_model)) > 1e-3
+
+
+SIZES = [f"data.num_{part}={n}" for part, n in (("train", 20), ("val", 10), ("test", 10), ("workers", 0))]
+SMALL = ["model.representation.n_atom_basis=16", "model.representation.n_interactions=1", "trainer.max_epochs=2"]
+
+
+def script(name: str, *arguments: str, folder: Path) -> str:
+    """Run one of SchNetPack's scripts in a folder; returns what it prints."""
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        pytest.skip(f"{name} is not beside this Python")
+    search = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    environment = os.environ | {"PYTHONPATH": search, "PWD": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(path), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_spktrain_to_deployment(ethanol_db, tmp_path):
+    """``spktrain experiment=ndem_md17``, then spkdeploy and SpkCalculator with the stripped model: all say the same."""
+    data = ["data.molecule=ethanol", "data.batch_size=5", f"data.datapath={ethanol_db}", f"run.data_dir={tmp_path}"]
+    run = ["run.id=run", "run.path=.", "+seed=1"]
+    script("spktrain", "experiment=ndem_md17", *data, *SIZES, *SMALL, *run, folder=tmp_path)
+    trained = tmp_path / "run" / "best_model"
+    plain = strip_ndem(spk.utils.load_model(str(trained)))
+    torch.save(plain, tmp_path / "plain")
+    script("spkdeploy", "plain", "deployed", folder=tmp_path)
+
+    atoms = example_molecules()[0]
+    neighbors = spk.transform.MatScipyNeighborList(5.0)
+    found = []
+    for file in (trained, tmp_path / "plain"):
+        atoms.calc = spk.interfaces.SpkCalculator(str(file), neighbors, energy_unit="kcal/mol")
+        found.append((atoms.get_potential_energy(), atoms.get_forces()))
+    assert found[0][0] == found[1][0]
+    assert np.array_equal(found[0][1], found[1][1])
+    assert np.abs(found[0][1]).max() > 1e-4
+    deployed = torch.jit.load(str(tmp_path / "deployed"))(collate([item(atoms, reach=5.0)]))
+    assert float(deployed["energy"]) * EV_PER_KCAL_PER_MOL == pytest.approx(found[1][0], rel=1e-5)
+    assert np.allclose(deployed["forces"].detach().numpy() * EV_PER_KCAL_PER_MOL, found[1][1], atol=1e-5)
+
+
+EXPERIMENTS = [("ndem_md17", "md17"), ("ndem_rmd17", "rmd17"), ("ndem_qm9", "qm9_atomwise")]
+
+
+@pytest.mark.parametrize(("ours", "stock"), EXPERIMENTS)
+def test_experiments_differ_from_the_stock_ones_by_ndem_only(ours, stock):
+    """Composed as spktrain does: what is left without our parts is SchNetPack's experiment; every part can be built."""
+    from hydra import compose, initialize_config_module
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    with initialize_config_module("schnetpack.configs", version_base="1.2"):
+        found, expected = (
+            compose("train", [f"experiment={name}", "run.data_dir=data", "run.work_dir=."]) for name in (ours, stock)
+        )
+        noisy = compose(
+            "train", [f"experiment={ours}", "ndem=multiscale", "globals.neighbor_cutoff=5.8", "run.work_dir=."]
+        )
+    assert instantiate(noisy.data.train_transforms[3]).sigma == (0.005, 0.05)
+    network, seeded = instantiate(found.model), instantiate(found.data.transforms[3])
+    training = [instantiate(t) for t in found.data.train_transforms]
+    assert (seeded.seed, training[3].seed, seeded.sigma) == (0, None, training[3].sigma)
+    for output in found.task.outputs:
+        instantiate(output)
+    plain, wanted = strip_ndem(network), instantiate(expected.model)
+    assert [str(m) for m in plain.output_modules] == [str(m) for m in wanted.output_modules]
+    assert [str(m) for m in plain.input_modules] == [str(m) for m in wanted.input_modules]
+    kept = [t for t in found.data.transforms if "ndem_zoo" not in t["_target_"]]
+    kept[2].cutoff = found.globals.cutoff
+    for one, other in ((kept, expected.data.transforms), (found.task.outputs[:-1], expected.task.outputs)):
+        to_plain = [OmegaConf.to_container(x, resolve=False) for x in one], OmegaConf.to_container(other, resolve=False)
+        one, other = ([OmegaConf.to_container(OmegaConf.create(x)) for x in part] for part in to_plain)
+        assert str(resolved(one, found)) == str(resolved(other, expected))
+    for key in ("optimizer_args", "scheduler_args", "warmup_steps", "optimizer_cls"):
+        assert found.task.get(key) == expected.task.get(key)
+
+
+def resolved(value: object, config: object) -> object:
+    """A container with the ``${...}`` in it replaced by what they stand for in a configuration."""
+    from omegaconf import OmegaConf
+
+    if isinstance(value, dict):
+        return {key: resolved(item, config) for key, item in value.items()}
+    if isinstance(value, list):
+        return [resolved(item, config) for item in value]
+    if isinstance(value, str) and value.startswith("${"):
+        return OmegaConf.select(config, value[2:-1])
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------- converters
+
+
+def test_database_holds_what_the_dataset_does(ethanol, ethanol_db):
+    """Read with ASE alone: positions, and labels in kcal/mol; and back, in eV."""
+    frames = ethanol[::50]
+    with ase.db.connect(ethanol_db) as file:
+        row = file.get(4)
+        assert file.metadata["_property_unit_dict"] == {"energy": "kcal/mol", "forces": "kcal/mol/Ang"}
+        assert file.metadata["molecule"] == "ethanol"
+    assert np.array_equal(row.positions, frames.atoms(3).positions)
+    assert row.data["energy"] == pytest.approx([frames.targets["energy"][3] / EV_PER_KCAL_PER_MOL], rel=2e-8)
+    assert row.data["forces"] == pytest.approx(frames.targets["forces"][27:36] / EV_PER_KCAL_PER_MOL, rel=2e-8)
+    back = read_ase_db(ethanol_db)
+    for name in ("z", "pos", "ptr"):
+        assert np.array_equal(getattr(back, name), getattr(frames, name))
+    assert back.tasks == ["energy", "forces"]
+    for name in back.tasks:
+        assert np.allclose(back.targets[name], frames.targets[name], rtol=1e-14, atol=1e-13)
+
+
+def test_database_of_crystals_with_fixed_atoms_and_references(tmp_path):
+    crystal = example_crystal()
+    slab = bulk("Cu", cubic=True)
+    slab.pbc = (True, True, False)
+    z, pos = (np.concatenate([getattr(a, name) for a in (crystal, slab)]) for name in ("numbers", "positions"))
+    charges, fixed = np.arange(6.0), np.arange(6) % 2 == 0
+    dataset = MolecularDataset(
+        z, pos, [0, 2, 6],
+        targets={"U0": np.array([-3.5, -14.0]), "mu": np.array([1.5, 2.5]), "q": charges},
+        cell=np.stack([crystal.cell.array, slab.cell.array]), pbc=np.stack([crystal.pbc, slab.pbc]), fixed=fixed,
+        card=DatasetCard(
+            name="x", description="x", theory="x", units={}, licence="x", citation=("x",), files={},
+            atom_references={"U0": {"Na": -1.0, "Cl": -2.0, "Cu": -3.0}},
+        ),
+    )  # fmt: skip
+    path = write_ase_db(dataset, tmp_path / "a" / "b.db", names={"U0": "energy_U0"}, units={"U0": "Ha", "mu": "Debye"})
+    file = spk.data.ASEAtomsData(str(path))
+    assert float(file[1]["energy_U0"]) == pytest.approx(-14.0 / 27.211386246)
+    assert float(file.atomrefs["energy_U0"][29]) == pytest.approx(-3.0 / 27.211386246)
+    assert file[0]["considered_atoms"].tolist() == [False, True]
+    back = read_ase_db(path, names={"energy_U0": "U0"})
+    assert np.allclose(back.targets["U0"], [-3.5, -14.0])
+    assert back.targets["mu"].tolist() == [1.5, 2.5]
+    assert back.per_atom == {"q"}
+    assert np.array_equal(back.targets["q"], charges)
+    for name in ("z", "pos", "cell", "pbc", "fixed"):
+        assert np.array_equal(getattr(back, name), getattr(dataset, name)), name
+
+
+def test_databases_that_cannot_be(tmp_path, ethanol, ethanol_db):
+    with pytest.raises(DataError, match=r"does not end in \.db"):
+        write_ase_db(ethanol[:1], tmp_path / "frames.sqlite")
+    with pytest.raises(DataError, match="exists already"):
+        write_ase_db(ethanol[:1], ethanol_db)
+    with pytest.raises(DataError, match="there is no target 'U0' to write; the dataset has energy, forces"):
+        write_ase_db(ethanol[:1], tmp_path / "x.db", names={"U0": "energy_U0"})
+    with pytest.raises(DataError, match="energy: 'eV' cannot be converted to 'kcal/moll'"):
+        write_ase_db(ethanol[:1], tmp_path / "x.db", units={"energy": "kcal/moll"})
+    assert list(tmp_path.iterdir()) == [], "something unfinished was left behind"
+    with pytest.raises(DataError, match="there is no such file"):
+        read_ase_db(tmp_path / "none.db")
+    spk.data.ASEAtomsData.create(str(tmp_path / "bare.db"), "Ang", {"energy": None})
+    with pytest.raises(DataError, match="energy has no unit; it is needed to convert it to eV"):
+        read_ase_db(tmp_path / "bare.db")
+
+
+def structures() -> list[Atoms]:
+    return [*example_molecules(), example_crystal()]
+
+
+def test_batch_is_the_dictionary_that_schnetpack_makes():
+    """A stock model says the same about our batch and about SchNetPack's own conversion of the same structures."""
+    network = fill_weights(model(False)).double()
+    own = network(collate([item(atoms, i, CUTOFF, double=True) for i, atoms in enumerate(structures())]))
+    ours = batch_of(structures(), CUTOFF + 1)
+    for inputs in (to_schnetpack(ours), to_schnetpack(ours, CUTOFF)):
+        found = network(inputs)
+        for key in ("energy", "forces"):
+            assert torch.allclose(found[key], own[key], rtol=0, atol=1e-11), key
+    assert not ours.pos.requires_grad
+    assert len(to_schnetpack(ours, CUTOFF)[P.idx_i]) < len(ours.dst), "nothing was left out"
+
+
+def test_batch_there_and_back():
+    batch = with_labels(batch_of(structures(), CUTOFF, radius=CUTOFF))
+    batch = batch.replace(fixed=batch.z == 8)
+    back = from_schnetpack(to_schnetpack(batch), CUTOFF)
+    for name in ("z", "pos", "src", "dst", "shift", "system", "n_systems", "cutoff", "cell", "fixed"):
+        one, other = getattr(back, name), getattr(batch, name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name
+    assert all(torch.equal(back.targets[name], batch.targets[name]) for name in ("energy", "forces"))
+    theirs = from_schnetpack(collate([item(a, i, CUTOFF, double=True) for i, a in enumerate(structures())]), CUTOFF)
+    potential = fill_weights(Potential(SchNetPackBackbone(**SchNetPackBackbone.tiny, cutoff=CUTOFF))).double()
+    assert torch.allclose(potential(theirs).energy, potential(batch).energy, atol=1e-11)
+    with pytest.raises(DataError, match="the dictionary has no _idx_i, _idx_j, _offsets"):
+        from_schnetpack({P.Z: batch.z, P.R: batch.pos, P.n_atoms: batch.n_atoms}, CUTOFF)
+
+
+# ------------------------------------------------------------------------------------------------------------ backbones
+
+
+class SO3net(SchNetPackBackbone):
+    """SO3net; its constants are of single precision."""
+
+    symmetry = 1e-6
+
+
+@pytest.mark.parametrize(("cls", "name"), [(SchNetPackBackbone, "schnet"), (SO3net, "so3net")])
+def test_other_representations_keep_the_contract(cls, name):
+    check_backbone(cls, {"representation": name})  # painn: tests/test_contracts.py
+
+
+@pytest.mark.parametrize("radial_basis", ["gaussian", "bessel"])
+def test_backbone_is_the_stock_model(radial_basis):
+    """With the weights of a stock potential: the same energies and forces."""
+    options = {"n_atom_basis": WIDTH, "n_interactions": 2, "n_rbf": 8, "cutoff": CUTOFF, "radial_basis": radial_basis}
+    potential = fill_weights(Potential(SchNetPackBackbone(**options))).double()
+    stock = model(False)
+    if radial_basis == "bessel":
+        stock.representation.radial_basis = spk.nn.BesselRBF(8, CUTOFF)
+    stock.double().representation.load_state_dict(potential.backbone.representation.state_dict(), strict=True)
+    stock.output_modules[0].outnet.load_state_dict(potential.energy_head.net.state_dict(), strict=True)
+    found = potential(batch_of(structures(), CUTOFF))
+    expected = stock(collate([item(atoms, i, CUTOFF, double=True) for i, atoms in enumerate(structures())]))
+    for key in ("energy", "forces"):
+        assert torch.allclose(getattr(found, key), expected[key], rtol=0, atol=1e-11), key
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"representation": "mace"}, "representation='mace'; allowed are painn, schnet, so3net"),
+        ({"n_atom_basis": 1}, "n_atom_basis=1"),
+        ({"cutoff": 0.0}, "cutoff=0.0 Å"),
+        ({"radial_basis": "sine"}, "radial_basis='sine'"),
+    ],
+)
+def test_backbone_refuses(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SchNetPackBackbone(**options)
+
+
+def test_estimator_learns_and_is_saved(tmp_path, ethanol):
+    frames = ethanol[::100]
+    options = {"n_atom_basis": 16, "n_interactions": 1}
+    settings = {"backbone_options": options, "lr": 5e-3, "warmup_steps": 5, "batch_size": 5, "progress": False}
+    estimator = NDeMPaiNN(preset="md17_fast", objective="ndem", **settings)
+    estimator.fit(frames[:15], frames[15:], max_steps=5)
+    before = -estimator.score(frames)
+    estimator.fit(frames[:15], frames[15:], max_steps=150)
+    assert -estimator.score(frames) < 0.8 * before
+    estimator.save(tmp_path / "model")
+    loaded = NDeMPaiNN.load(tmp_path / "model")
+    assert np.array_equal(loaded.predict(frames)["forces"], estimator.predict(frames)["forces"])

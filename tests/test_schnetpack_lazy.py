@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_hydra_may_import_the_configurations_in_any_application():
     """Hydra imports the package and the plug-in in every application; that must cost nothing and need nothing."""
-    script = "import sys, ndem_zoo.schnetpack.configs; print(*{'torch', 'schnetpack', 'numpy', 'ase'} & set(sys.modules))"
+    script = (
+        "import sys, ndem_zoo.schnetpack.configs; print(*{'torch', 'schnetpack', 'numpy', 'ase'} & set(sys.modules))"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == []
