@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -414,6 +415,7 @@ def test_spktrain_to_deployment(ethanol_db, tmp_path):
 EXPERIMENTS = [("ndem_md17", "md17"), ("ndem_rmd17", "rmd17"), ("ndem_qm9", "qm9_atomwise")]
 
 
+@pytest.mark.filterwarnings("ignore:provider=hydra.searchpath")
 @pytest.mark.parametrize(("ours", "stock"), EXPERIMENTS)
 def test_experiments_differ_from_the_stock_ones_by_ndem_only(ours, stock):
     """Composed as spktrain does: what is left without our parts is SchNetPack's experiment; every part can be built."""
@@ -445,6 +447,33 @@ def test_experiments_differ_from_the_stock_ones_by_ndem_only(ours, stock):
         assert str(resolved(one, found)) == str(resolved(other, expected))
     for key in ("optimizer_args", "scheduler_args", "warmup_steps", "optimizer_cls"):
         assert found.task.get(key) == expected.task.get(key)
+
+
+def documented_runs() -> list[list[str]]:
+    """Arguments of every call of spktrain on the page about SchNetPack."""
+    page = (ROOT / "docs" / "how-to" / "schnetpack.md").read_text(encoding="utf-8")
+    lines = [line.split("  #")[0] for line in page.splitlines() if line.startswith("spktrain ")]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+@pytest.mark.filterwarnings("ignore:provider=hydra.searchpath")
+@pytest.mark.parametrize("arguments", documented_runs(), ids=" ".join)
+def test_documented_calls_of_spktrain_make_a_model_that_learns(arguments):
+    """They compose, and the parts work together: a training step's loss has a gradient for the noisy head."""
+    from hydra import compose, initialize_config_module
+    from hydra.utils import instantiate
+
+    small = ["model.representation.n_atom_basis=8", "model.representation.n_interactions=1", "run.work_dir=."]
+    with initialize_config_module("schnetpack.configs", version_base="1.2"):
+        config = compose("train", [*arguments, *small])
+    network, noise = instantiate(config.model).train(), instantiate(config.data.train_transforms[3])
+    found = network(batch(config.globals.neighbor_cutoff, noise))
+    found["ndem_difference"].square().mean().backward()
+    assert all(p.grad is not None for p in network.output_modules[0].net.parameters())
+
+
+def test_there_are_documented_calls():
+    assert len(documented_runs()) >= 9
 
 
 def resolved(value: object, config: object) -> object:

@@ -232,7 +232,8 @@ class NDeMNoisyForceHead(nn.Module):
             if mode == "vector":
                 self.net = spk.nn.build_gated_equivariant_mlp(**size, sactivation=silu)
             else:
-                self.net = spk.nn.build_mlp(**size)
+                # A constant has no derivative, and several GPUs refuse parameters without a gradient.
+                self.net = spk.nn.build_mlp(**size, last_bias=False)
         #: SchNetPack makes these entries require gradients where they are in the batch.
         self.required_derivatives = [POSITIONS] if mode == "gradient" else []
 
