@@ -130,26 +130,33 @@ def read_ase_db(path: str | os.PathLike, *, names: Mapping[str, str] | None = No
         raise DataError(f"{path}: the database is empty")
     counts = [int(row[P.n_atoms]) for row in rows]
     pbc = np.stack([row[P.pbc].numpy() for row in rows])
-    cell = torch.cat([row[P.cell] for row in rows]).double().numpy()
-    targets, per_atom = {}, {}
-    for name, factor in factors.items():
-        if name == CONSIDERED:
-            continue
-        ours = names.get(name, name)
-        values = [np.atleast_1d(row[name].numpy()) for row in rows]
-        per_atom[ours] = ours in PER_ATOM or any(len(v) != 1 for v in values)
-        targets[ours] = factor * np.concatenate(values).astype(np.float64)
+    is_periodic = bool(pbc.any())
     considered = [row[CONSIDERED].reshape(-1) for row in rows if CONSIDERED in row]
+    targets, per_atom = _labels(rows, factors, names)
     return MolecularDataset(
         torch.cat([row[P.Z] for row in rows]).numpy(),
         torch.cat([row[P.R] for row in rows]).double().numpy(),
         np.concatenate([[0], np.cumsum(counts)]),
         targets=targets,
         per_atom=per_atom,
+        cell=torch.cat([row[P.cell] for row in rows]).double().numpy() if is_periodic else None,
+        pbc=pbc if is_periodic else None,
         fixed=~torch.cat(considered).bool().numpy() if considered else None,
         name=Path(path).stem,
-        **({"cell": cell, "pbc": pbc} if pbc.any() else {}),
     )
+
+
+def _labels(
+    rows: list[dict[str, Tensor]], factors: Mapping[str, float], names: Mapping[str, str]
+) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
+    """Columns of the properties in our units, and which of them have one row per atom."""
+    targets, per_atom = {}, {}
+    for name in [name for name in factors if name != CONSIDERED]:
+        ours = names.get(name, name)
+        values = [np.atleast_1d(row[name].numpy()) for row in rows]
+        per_atom[ours] = ours in PER_ATOM or any(len(value) != 1 for value in values)
+        targets[ours] = factors[name] * np.concatenate(values).astype(np.float64)
+    return targets, per_atom
 
 
 def _unit_of(target: str) -> str | None:

@@ -92,7 +92,8 @@ class AddNDeMNoise(spk.transform.Transform):
         neighbor_cutoff: float | None = None,
     ) -> None:
         super().__init__()
-        self.sigma = sigma if isinstance(sigma, Real) else tuple(sigma)  # Hydra has lists of its own
+        # Hydra has lists of its own.
+        self.sigma: Any = sigma if isinstance(sigma, Real) else tuple(sigma)  # type: ignore[arg-type]
         check_sigma(self.sigma)
         check_ratio(ratio)
         check_choice("sample", sample, SigmaSample)
@@ -141,7 +142,7 @@ class AddNDeMNoise(spk.transform.Transform):
         return self._rng
 
 
-def _check_skin(cutoff: float, neighbor_cutoff: float, sigma: float | tuple[float, ...]) -> None:
+def _check_skin(cutoff: float, neighbor_cutoff: float, sigma: Any) -> None:
     """Refuse a neighbor list that misses neighbors of the noisy structure."""
     largest = sigma if isinstance(sigma, Real) else sigma[-1]
     needed = cutoff + SKIN * largest
