@@ -295,6 +295,14 @@ def test_gradient_head_is_a_derivative():
         model(True, "SchNet", "vector")(batch(3.4, AddNDeMNoise()))
 
 
+def test_gradient_head_with_noise_made_in_the_model():
+    ours = model(True, "SchNet", "gradient", subtract_noise=True)
+    ours.input_modules.insert(0, AddNDeMNoise(per="batch"))
+    ours(batch(3.4))["ndem_difference"].square().mean().backward()
+    assert all(float(p.grad.abs().max()) > 0 for p in ours.output_modules[0].parameters())
+    assert "ndem_noise" not in ours.eval()(batch(3.4))
+
+
 def test_edges_must_not_be_taken_away_in_between():
     ours = model(True)
     ours.input_modules.append(spk.atomistic.FilterShortRange(2.0))

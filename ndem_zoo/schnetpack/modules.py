@@ -126,7 +126,8 @@ class AddNDeMNoise(spk.transform.Transform):
             per=self.per,
             reuse_edges=True,
         )
-        inputs[POSITIONS], inputs[NOISE] = noisy.pos, noise.epsilon / noise.sigma
+        # Made in the model, the positions are too late for the model's own list of what has derivatives.
+        inputs[POSITIONS], inputs[NOISE] = noisy.pos.requires_grad_(is_batch), noise.epsilon / noise.sigma
         return inputs
 
     def _generator(self, inputs: dict[str, Tensor], device: torch.device) -> torch.Generator:
