@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ndem_zoo.featurizers.radius import RadiusGraph
     from ndem_zoo.models.equiformer_v2.model import EquiformerV2, NDeMEquiformerV2
     from ndem_zoo.models.estimator import NDeMModel
+    from ndem_zoo.models.schnetpack import NDeMPaiNN, SchNetPackBackbone
     from ndem_zoo.models.torchmd_net import NDeMTorchMDNet, TorchMDNet
 
 _HOME = {
@@ -35,8 +36,10 @@ _HOME = {
     "NDeMCalculator": "calculator",
     "NDeMEquiformerV2": "models.equiformer_v2.model",
     "NDeMModel": "models.estimator",
+    "NDeMPaiNN": "models.schnetpack",
     "NDeMTorchMDNet": "models.torchmd_net",
     "RadiusGraph": "featurizers.radius",
+    "SchNetPackBackbone": "models.schnetpack",
     "TorchMDNet": "models.torchmd_net",
     "load_extxyz": "datasets.extxyz",
     "load_md17": "datasets.md17",

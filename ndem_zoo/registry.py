@@ -6,17 +6,20 @@ Values are ``"module:attribute"``, imported when asked for, so that a table cost
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from ndem_zoo.errors import ConfigError
 
 BACKBONES: dict[str, str] = {
     "equiformer_v2": "ndem_zoo.models.equiformer_v2.model:EquiformerV2",
+    "schnetpack": "ndem_zoo.models.schnetpack:SchNetPackBackbone",
     "torchmd_net": "ndem_zoo.models.torchmd_net:TorchMDNet",
 }
 
 MODELS: dict[str, str] = {
     "NDeMEquiformerV2": "ndem_zoo.models.equiformer_v2.model:NDeMEquiformerV2",
+    "NDeMPaiNN": "ndem_zoo.models.schnetpack:NDeMPaiNN",
     "NDeMTorchMDNet": "ndem_zoo.models.torchmd_net:NDeMTorchMDNet",
 }
 
@@ -36,6 +39,15 @@ DATASETS: dict[str, str] = {
     "oc20": "ndem_zoo.datasets.oc20:load_oc20",
     "store": "ndem_zoo.datasets.store:load_store",
 }
+
+#: Entries that can be looked up everywhere, but built only where a module is installed that not everybody has.
+NEEDS: dict[str, str] = {"schnetpack": "schnetpack", "NDeMPaiNN": "schnetpack"}
+
+
+def missing_for(name: str) -> str | None:
+    """Module that the entry `name` needs and that is not installed; None if nothing is missing."""
+    module = NEEDS.get(name)
+    return module if module is not None and importlib.util.find_spec(module) is None else None
 
 
 def lookup(table: dict[str, str], name: str, what: str) -> Any:

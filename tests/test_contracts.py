@@ -27,7 +27,7 @@ from ndem_zoo.datasets.store import load_store
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.models.torchmd_net import EquivariantAttention, TorchMDNet
 from ndem_zoo.objectives.ndem import NDeM
-from ndem_zoo.registry import BACKBONES, DATASETS, OBJECTIVES, lookup
+from ndem_zoo.registry import BACKBONES, DATASETS, MODELS, NEEDS, OBJECTIVES, lookup, missing_for
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "backbones_golden.json").read_text(encoding="utf-8"))
 
@@ -44,8 +44,20 @@ def objective_pairs() -> list[tuple[str, testing.common.Probe]]:
     return [(name, p) for name in OBJECTIVES for p in testing.objective_probes(lookup(OBJECTIVES, name, "objective"))]
 
 
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    """Marks of an entry that needs an optional module: the module's name, and a reason to skip where it is missing."""
+    if name not in NEEDS:
+        return []
+    missing = missing_for(name)
+    return [getattr(pytest.mark, NEEDS[name]), pytest.mark.skipif(missing is not None, reason=f"needs {missing}")]
+
+
 #: Backbones with each of their plans.
-PLANS = [(name, plan) for name in BACKBONES for plan in lookup(BACKBONES, name, "backbone").plans]
+PLANS = [
+    pytest.param(name, plan, marks=marks_of(name))
+    for name in BACKBONES
+    for plan in lookup(BACKBONES, name, "backbone").plans
+]
 
 
 @pytest.mark.parametrize("probe", testing.BACKBONE_PROBES, ids=name_of)
@@ -53,6 +65,11 @@ PLANS = [(name, plan) for name in BACKBONES for plan in lookup(BACKBONES, name, 
 @pytest.mark.parametrize("device", DEVICES)
 def test_backbone(device, name, plan, probe):
     probe(testing.BackboneCase.of(name, device=device, golden=GOLDEN.get(name), plan=plan))
+
+
+def test_needs_are_those_of_entries():
+    assert set(NEEDS) <= set(BACKBONES) | set(MODELS)
+    assert missing_for("torchmd_net") is None
 
 
 def test_every_backbone_has_golden_numbers():

@@ -74,6 +74,16 @@ def with_language(language: str, run: bool) -> list[Any]:
     ]
 
 
+#: Pages about an optional package: skipped where it is not installed.
+NEEDS = {"schnetpack.md": "schnetpack"}
+
+
+def skip_without_its_package(page: Path) -> None:
+    """Skip the page where the package that it is about is missing."""
+    if page.name in NEEDS:
+        pytest.importorskip(NEEDS[page.name])
+
+
 RUNNABLE = [page for page in PAGES if any(b.language == "python" and b.no_run is None for b in blocks_of(page))]
 
 
@@ -86,6 +96,7 @@ def test_there_is_something_to_run():
 @pytest.mark.filterwarnings("error::ndem_zoo.errors.DataWarning")
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, tmp_path, monkeypatch, dgl):
+    skip_without_its_package(page)
     monkeypatch.chdir(tmp_path)
     if "import deepchem" in script_of(page):
         pytest.importorskip("deepchem")
@@ -97,6 +108,7 @@ def test_python_blocks_that_are_not_run_fit_the_code(page, block):
     """They compile, what they import exists, and calls of what they import use keywords that exist."""
     if "ndem_zoo.deepchem" in block.text:
         pytest.importorskip("deepchem")
+    skip_without_its_package(page)
     tree = ast.parse(block.text)
     imported = {}
     for node in ast.walk(tree):

@@ -31,9 +31,9 @@ import torch
 
 from ndem_zoo import MolecularDataset, NDeMTorchMDNet, load_qm9
 from ndem_zoo.checkpoint import save_json, write_text
-from ndem_zoo.graph import Batch, within
 from ndem_zoo.properties import property_of
 from ndem_zoo.sampling import Collator, Order
+from ndem_zoo.schnetpack import to_schnetpack
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"n_train": 16_000, "n_valid": 1_000, "n_test": 3_000}
@@ -52,21 +52,6 @@ def ours(objective: str) -> Callable:
         return model.predict(parts[2])[target], record
 
     return train
-
-
-def to_schnetpack(batch: Batch) -> dict[str, torch.Tensor]:
-    """A batch as SchNetPack's dictionary."""
-    batch = within(batch, CUTOFF)
-    return {
-        "_atomic_numbers": batch.z,
-        "_positions": batch.pos,
-        "_idx_i": batch.dst,
-        "_idx_j": batch.src,
-        "_offsets": batch.shift,
-        "_idx_m": batch.system,
-        "_n_atoms": batch.n_atoms,
-        "_idx": torch.arange(batch.n_systems),
-    }
 
 
 def painn(target: str) -> torch.nn.Module:
@@ -116,7 +101,9 @@ def train_painn(
     labels = torch.from_numpy(parts[0].targets[target] - offsets[0]).float()
     for indices in order.after(0):
         model.train()
-        loss = (model(to_schnetpack(collate(indices)))[target] - labels[torch.from_numpy(indices)]).square().mean()
+        loss = (
+            (model(to_schnetpack(collate(indices), CUTOFF))[target] - labels[torch.from_numpy(indices)]).square().mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -138,7 +125,9 @@ def predict_painn(model: torch.nn.Module, part: MolecularDataset, target: str) -
     model.eval()
     collate = Collator(part, CUTOFF, with_targets=False)
     with torch.no_grad():
-        found = [model(to_schnetpack(collate(rows)))[target] for rows in np.array_split(np.arange(len(part)), 30)]
+        found = [
+            model(to_schnetpack(collate(rows), CUTOFF))[target] for rows in np.array_split(np.arange(len(part)), 30)
+        ]
     return torch.cat(found).double().numpy()
 
 
