@@ -1,8 +1,9 @@
 """DeepChem's own classes around ours: models, featurizers, datasets, loaders; imported only on request.
 
-The models are real `deepchem.models.Model`s with DeepChem's manners (`fit` returns the loss and continues) that hold one
-of our estimators and train through its loop. Nothing else imports DeepChem, but for `MolecularDataset.to_deepchem` when
-it is called. Networks, numbers and files are those of the rest of the package; eV and Å everywhere.
+The models are instances of `deepchem.models.Model` with DeepChem's manners (`fit` returns the loss and continues) that
+hold one of our estimators and train through its loop. Nothing else imports DeepChem, but for
+`MolecularDataset.to_deepchem` when it is called. Networks, numbers and files are those of the rest of the package; eV
+and Å everywhere.
 """
 
 from __future__ import annotations
@@ -915,7 +916,7 @@ def load_md17(
         ``CountSplitter(950, 50, 1000)``, the training and validation frames of `ndem_zoo.datasets.load_md17`. Choice: 1,000
         test frames, because every frame becomes a graph of its own here, and files have up to a million.
     transformers
-        `TransformerGenerator`s or their names in `deepchem.molnet`; none that changes `y`.
+        Instances of `TransformerGenerator`, or their names in `deepchem.molnet`; none that changes `y`.
     reload
         Whether to keep the graphs on disk, and take them from there the next time. DeepChem's files are pickles: load
         only your own.
@@ -927,7 +928,7 @@ def load_md17(
     tasks : list of str
         ``["energy"]``: `y` is (S, 1) in eV. The forces in eV/Å are in the graphs.
     datasets : (train, valid, test)
-        `deepchem.data.DiskDataset`s with `reload`, else `NumpyDataset`s; one in a tuple without splitter.
+        Each a `deepchem.data.DiskDataset` with `reload`, else a `NumpyDataset`; a tuple of one without splitter.
     transformers : list
         Those that were applied.
 
