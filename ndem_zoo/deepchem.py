@@ -459,7 +459,7 @@ class EstimatorModel(dc.models.Model):
             One or several ``f(model, step)``, called after every step. They see the weights of that step, not their
             average (`ema_decay`), which replaces them when the training is over.
         all_losses
-            A list to which the average loss of every epoch is appended.
+            A list to which the average loss of every epoch (of every `validate_every` steps, if that is set) is appended.
         valid
             Validation data for the plateau schedule, early stopping, and the choice of the best weights; DeepChem has no
             such thing, and leaves it to callbacks.
@@ -467,7 +467,8 @@ class EstimatorModel(dc.models.Model):
         Returns
         -------
         loss : float
-            Average over the steps of the last epoch; also where the limits were reached before.
+            Average over the steps of the last epoch; with `validate_every`, as the presets of OC20 have it, over those since
+            the last validation in this call. Where nothing was left to do, that of the call before.
 
         Raises
         ------
