@@ -1,8 +1,9 @@
 """DeepChem's own classes around ours: models, featurizers, datasets, loaders; imported only on request.
 
-The models are real `deepchem.models.Model`s with DeepChem's manners (`fit` returns the loss and continues) that hold one
-of our estimators and train through its loop. Nothing else imports DeepChem, but for `MolecularDataset.to_deepchem` when
-it is called. Networks, numbers and files are those of the rest of the package; eV and Å everywhere.
+The models are instances of `deepchem.models.Model` with DeepChem's manners (`fit` returns the loss and continues) that
+hold one of our estimators and train through its loop. Nothing else imports DeepChem, but for
+`MolecularDataset.to_deepchem` when it is called. Networks, numbers and files are those of the rest of the package; eV
+and Å everywhere.
 """
 
 from __future__ import annotations
@@ -458,7 +459,7 @@ class EstimatorModel(dc.models.Model):
             One or several ``f(model, step)``, called after every step. They see the weights of that step, not their
             average (`ema_decay`), which replaces them when the training is over.
         all_losses
-            A list to which the average loss of every epoch is appended.
+            A list to which the average loss of every epoch (of every `validate_every` steps, if that is set) is appended.
         valid
             Validation data for the plateau schedule, early stopping, and the choice of the best weights; DeepChem has no
             such thing, and leaves it to callbacks.
@@ -466,7 +467,8 @@ class EstimatorModel(dc.models.Model):
         Returns
         -------
         loss : float
-            Average over the steps of the last epoch; also where the limits were reached before.
+            Average over the steps of the last epoch; with `validate_every`, as the presets of OC20 have it, over those since
+            the last validation in this call. Where nothing was left to do, that of the call before.
 
         Raises
         ------
@@ -915,7 +917,7 @@ def load_md17(
         ``CountSplitter(950, 50, 1000)``, the training and validation frames of `ndem_zoo.datasets.load_md17`. Choice: 1,000
         test frames, because every frame becomes a graph of its own here, and files have up to a million.
     transformers
-        `TransformerGenerator`s or their names in `deepchem.molnet`; none that changes `y`.
+        Instances of `TransformerGenerator`, or their names in `deepchem.molnet`; none that changes `y`.
     reload
         Whether to keep the graphs on disk, and take them from there the next time. DeepChem's files are pickles: load
         only your own.
@@ -927,7 +929,7 @@ def load_md17(
     tasks : list of str
         ``["energy"]``: `y` is (S, 1) in eV. The forces in eV/Å are in the graphs.
     datasets : (train, valid, test)
-        `deepchem.data.DiskDataset`s with `reload`, else `NumpyDataset`s; one in a tuple without splitter.
+        Each a `deepchem.data.DiskDataset` with `reload`, else a `NumpyDataset`; a tuple of one without splitter.
     transformers : list
         Those that were applied.
 
