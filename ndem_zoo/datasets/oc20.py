@@ -123,7 +123,7 @@ SPLITS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
 }
 
 #: What an options dict of a conversion holds; also the settings of its store.
-Options = dict[str, Any]
+_Options = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -299,8 +299,8 @@ def convert_oc20(
         return writer.finish()
 
 
-def _options(task: str, energy: str, stored: str | None, reference: Any) -> Options:
-    """Options of reading, checked; reference energies are read."""
+def _options(task: str, energy: str, stored: str | None, reference: Any) -> _Options:
+    """_Options of reading, checked; reference energies are read."""
     for name, value, allowed in (
         ("task", task, TASKS),
         ("energy", energy, ENERGIES),
@@ -315,7 +315,7 @@ def _open_split(
     task: str,
     split: str,
     data_dir: str | os.PathLike | None,
-    options: Options,
+    options: _Options,
     store: str | os.PathLike | None,
     download: bool,
     workers: int,
@@ -338,7 +338,7 @@ def _open_split(
 
 
 def _open_own(
-    task: str, data_dir: str | os.PathLike | None, options: Options, store: str | os.PathLike | None, workers: int
+    task: str, data_dir: str | os.PathLike | None, options: _Options, store: str | os.PathLike | None, workers: int
 ) -> MolecularDataset:
     """All structures of a folder of one's own."""
     if store is not None and is_store(store):
@@ -360,12 +360,12 @@ def _open_own(
     return _convert(path, Path(store), options, workers, f"OC20 {task} {path.name}")
 
 
-def _convert(path: Path, out: Path, options: Options, workers: int, name: str) -> MolecularDataset:
+def _convert(path: Path, out: Path, options: _Options, workers: int, name: str) -> MolecularDataset:
     task, choices = options["task"], {key: options[key] for key in ("energy", "stored", "reference")}
     return convert_oc20(path, out, task, workers=workers, name=name, **choices)
 
 
-def _opened(folder: Path, options: Options) -> MolecularDataset:
+def _opened(folder: Path, options: _Options) -> MolecularDataset:
     """A store that was made with these options."""
     store = open_store(folder)
     for name in ("task", "energy"):
@@ -445,7 +445,7 @@ def split_by_system(
     return tuple(dataset.select(np.flatnonzero(np.isin(owner.reshape(-1), group))) for group in groups)
 
 
-def warn_if_total(dataset: MolecularDataset, options: Options, where: str) -> bool:
+def warn_if_total(dataset: MolecularDataset, options: _Options, where: str) -> bool:
     """Warn if energies that should be adsorption energies are too large for that; whether it did."""
     if options["energy"] != "adsorption" or "energy" not in dataset.targets or not len(dataset):
         return False
@@ -658,7 +658,7 @@ def _archive_sources(path: Path) -> list[Source]:
     return sources
 
 
-def read_source(source: Source, options: Options) -> MolecularDataset:
+def read_source(source: Source, options: _Options) -> MolecularDataset:
     """The structures of a source, checked.
 
     Raises
@@ -713,7 +713,7 @@ def _text(path: Path, span: tuple[int, int] | None, name: str) -> str:
         raise FileFormatError(f"{path}: {name} is damaged or truncated ({error})") from error
 
 
-def _parts(sources: Sequence[Source], options: Options, workers: int) -> Iterator[tuple[Source, MolecularDataset]]:
+def _parts(sources: Sequence[Source], options: _Options, workers: int) -> Iterator[tuple[Source, MolecularDataset]]:
     """Each source with its structures, in order; read by `workers` processes, not more than two sources ahead each."""
     if workers < 1:
         raise ConfigError(f"workers={workers!r}; it must be at least 1")
@@ -737,10 +737,10 @@ def _parts(sources: Sequence[Source], options: Options, workers: int) -> Iterato
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_WORKER_OPTIONS: Options = {}
+_WORKER_OPTIONS: _Options = {}
 
 
-def _begin_worker(options: Options) -> None:
+def _begin_worker(options: _Options) -> None:
     """In a worker: keep the options, reference energies included, which are sent once."""
     _WORKER_OPTIONS.update(options)
 

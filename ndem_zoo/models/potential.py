@@ -23,7 +23,7 @@ from ndem_zoo.properties import property_of
 ForceMode = Literal["gradient", "direct", "none"]
 
 
-#: Choice: what a spatial extent is counted in, in Å²: of the size of sum |r - center|² of a molecule of QM9.
+#: Choice: what a spatial extent is counted in, in Å²: about the sum of squared distances to the center in a molecule of QM9.
 EXTENT = 100.0
 
 
@@ -55,8 +55,8 @@ class Potential(nn.Module):
 
     E = shift + sum_i (reference[z_i] + scale * s_i), with s_i the scalar head's output; F = -dE/dpos (``"gradient"``),
     or scale times the output of a vector head (``"direct"``), or not at all (``"none"``). Properties with another readout
-    (`ndem_zoo.properties`), with r_i the position relative to the center of mass: the dipole moment
-    scale * |sum_i (v_i + s_i r_i)|, and the spatial extent sum_i (reference[z_i] + scale * s_i) |r_i|² / (100 Å²).
+    (`ndem_zoo.properties`), with r_i the position relative to the center of mass: the dipole moment, scale times the
+    length of sum_i (v_i + s_i r_i), and the spatial extent, sum_i (reference[z_i] + scale * s_i) r_i² / (100 Å²).
 
     Parameters
     ----------

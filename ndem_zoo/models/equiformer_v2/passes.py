@@ -214,7 +214,7 @@ def _so2_gradients(sums: list | None, n: int) -> tuple[Tensor | None, ...]:
 
 
 class SO2Convolution(Recomputed):
-    """z (E, K_M, I), weight, bias, *signed -> (E, K_M, O): convolution without extra outputs. Constants: `SO2`."""
+    """z (E, K_M, I), weight, bias and signed weights -> (E, K_M, O): convolution without extra outputs; constants: `SO2`."""
 
     @staticmethod
     def plain(constants, z, weight, bias, *signed):
