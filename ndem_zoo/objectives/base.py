@@ -99,13 +99,16 @@ class SupervisedLoss:
             errors["forces"] = (prediction.forces.to(dtype) - batch.targets["forces"].to(dtype)) / scale.to(dtype)
         return self.terms_of_errors(errors, ~batch.fixed if counts is None else counts)
 
-    def terms_of_errors(self, errors: dict[str, Tensor], counts: Bool[Tensor, " N"]) -> dict[str, Tensor]:
-        """Weighted terms of errors of the target (S,) and of ``forces`` (N, 3), both divided by the scale."""
+    def terms_of_errors(self, errors: dict[str, Tensor], counts: Bool[Tensor, " N"] | None = None) -> dict[str, Tensor]:
+        """Weighted terms of errors of the target (S,) and of ``forces`` (N, 3), both divided by the scale.
+
+        `counts` (N,) says whose forces count; default: everybody's.
+        """
         loss = _LOSSES[self.loss]
         found = {}
         for name, error in errors.items():
             each = loss(error, torch.zeros_like(error), reduction="none")
-            average = each.mean() if name != "forces" else mean_of_rows(each, counts)
+            average = mean_of_rows(each, counts) if name == "forces" and counts is not None else each.mean()
             found[name] = self.weights[name] * average
         return found
 
