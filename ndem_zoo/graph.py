@@ -47,7 +47,8 @@ DEGENERATE = 0.01
 #: Where neighbors are searched for with cell lists (vesin); elsewhere all images of all pairs are compared, on the device.
 LISTS_ON = ("cpu",)
 
-#: Choice: so many pairs and images are looked at together when edges are made on a GPU, some 1 GB at a time.
+#: Choice: so many pairs and images are looked at together when edges are made on a GPU: 0.4 GB for all their
+#: vectors.
 PAIRS_AT_ONCE = 1 << 24
 
 
@@ -59,7 +60,7 @@ class Nearest(NamedTuple):
     number
         How many.
     strict
-        True: exactly so many, equally near ones by their index. False: also those that are about as far as the first
+        True: exactly so many, equally near ones by their index and image. False: also those that are about as far as the first
         one left out, so that symmetric atoms are treated alike.
     """
 
@@ -461,9 +462,8 @@ def _chunks(counts: Tensor, reach: Tensor) -> list[tuple[int, int]]:
     """Ranges of structures whose pairs and images are few enough to be looked at together."""
     limits, first, pairs, farthest = [], 0, 0, [0, 0, 0]
     for index, (n, own) in enumerate(zip(counts.tolist(), reach.tolist(), strict=True)):
-        largest = [
-            max(both) for both in zip(farthest, own, strict=True)
-        ]  # all pairs of a chunk see its farthest images
+        # All pairs of a chunk see its farthest images.
+        largest = [max(both) for both in zip(farthest, own, strict=True)]
         work = (pairs + n * n) * math.prod(2 * r + 1 for r in largest)
         if pairs and work > PAIRS_AT_ONCE:
             limits.append((first, index))

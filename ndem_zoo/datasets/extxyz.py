@@ -11,7 +11,6 @@ import gzip
 import io
 import lzma
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 
 from ndem_zoo.datasets.base import MolecularDataset, as_dataset
 from ndem_zoo.datasets.checks import check_structures, check_targets
+from ndem_zoo.datasets.files import whole_file
 from ndem_zoo.errors import DataError, FileFormatError, UnitsWarning
 
 if TYPE_CHECKING:
@@ -200,18 +200,8 @@ def _prediction(predictions: Mapping[str, Any], name: str, index: int, dataset: 
 
 
 def write_frames(path: Path, frames: list[Atoms]) -> None:
-    """Write under a temporary name in the same folder, flush to the disk, rename."""
+    """Write structures, whole or not at all."""
     from ase.io import write
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            write(stream, frames, format="extxyz")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)  # as other new files; mkstemp's are for the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with whole_file(path, text=True) as stream:
+        write(stream, frames, format="extxyz")

@@ -7,7 +7,6 @@ come from a model's `predict`; structures and their ids from `load_oc20`.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ndem_zoo.datasets.base import MolecularDataset
+from ndem_zoo.datasets.files import whole_file
 from ndem_zoo.errors import ConfigError, DataError
 
 SPLITS = ("id", "ood_ads", "ood_cat", "ood_both")
@@ -61,7 +61,8 @@ def write_submission(
             arrays |= {f"{name}_{key}": value for key, value in _arrays(*splits[name], atoms).items()}
         except DataError as error:
             raise DataError(f"split {name!r}: {error}") from error
-    _write(Path(path), arrays)
+    with whole_file(Path(path)) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def _arrays(dataset: MolecularDataset, predicted: Mapping[str, Any], atoms: str) -> dict[str, np.ndarray]:
@@ -100,19 +101,3 @@ def _half(values: np.ndarray, name: str) -> np.ndarray:
     if len(bad):
         raise DataError(f"{name} of row {bad[0]} is {values[bad[0]]}; float16 holds finite numbers up to 65504")
     return values.astype(np.float16)
-
-
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write under a temporary name in the same folder, flush to the disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # as other new files; mkstemp's are for the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
