@@ -24,7 +24,7 @@ from ndem_zoo import registry
 from ndem_zoo._version import __version__
 from ndem_zoo.card import model_card
 from ndem_zoo.datasets.base import MolecularDataset, as_dataset
-from ndem_zoo.datasets.checks import check_structures, check_targets, root_mean_square
+from ndem_zoo.datasets.checks import blocks, check_structures, check_targets, root_mean_square
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError, NotFittedError
 from ndem_zoo.history import read_history, write_history
 from ndem_zoo.inference import predict_columns
@@ -32,7 +32,7 @@ from ndem_zoo.metrics import dataset_metrics
 from ndem_zoo.models.base import Backbone, options_of
 from ndem_zoo.models.potential import EXTENT, Potential
 from ndem_zoo.objectives.base import Objective, SupervisedLoss
-from ndem_zoo.physics import MAX_Z, element_counts, fit_reference_energies
+from ndem_zoo.physics import MAX_Z, fit_reference_energies
 from ndem_zoo.presets import preset_values
 from ndem_zoo.properties import property_of
 from ndem_zoo.training import TrainSettings, seeded, train
@@ -444,9 +444,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
     def _rebuild_objective(self, train_set: MolecularDataset) -> None:
         """Take over changed settings; make the objective anew if it is another one."""
         before, now = self.resolved_, self._resolve()
-        target = {"target": before["supervised"]["target"]}, {"target": now["supervised"]["target"]}
-        for name in ("backbone", "forces", "target"):
-            old, new = (before | target[0])[name], (now | target[1])[name]
+        for name, old in _fixed_by_weights(before).items():
+            new = _fixed_by_weights(now)[name]
             if new != old:
                 raise ConfigError(f"{name} was {old} when the weights were made, and is {new}: call fit")
         if any(now[name] != before[name] for name in ("objective", "supervised")):
@@ -757,6 +756,15 @@ def _copy_weights(source: Potential, target: Potential, keep_scale: bool) -> Non
         raise ConfigError(f"init_from has another architecture: missing {missing}, unexpected {result.unexpected_keys}")
 
 
+def _fixed_by_weights(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The settings that weights are made for, by name."""
+    return {
+        "backbone": resolved["backbone"],
+        "forces": resolved["forces"],
+        "target": resolved["supervised"]["target"],
+    }
+
+
 def _references(
     train_set: MolecularDataset, target: str, wanted: dict[str | int, float] | str | None
 ) -> tuple[np.ndarray, float]:
@@ -806,12 +814,19 @@ def _scale(train_set: MolecularDataset, target: str, reference: np.ndarray, want
     if wanted == "force_rms" and "forces" in train_set.targets and target == "energy":
         value = root_mean_square(train_set, "forces")
     elif target in train_set.targets:
-        extents = _extents(train_set) if property_of(target).readout == "spatial_extent" else None
-        sums = element_counts(train_set.z, train_set.ptr, extents) @ reference
-        value = float(np.std(train_set.targets[target] - sums))
+        parts = [_beyond_references(block, target, reference) for _, block in blocks(train_set)]
+        value = float(np.std(np.concatenate(parts)))
     else:
         value = 1.0
     return value if value > 1e-8 else 1.0  # a single structure has no spread but rounding errors
+
+
+def _beyond_references(dataset: MolecularDataset, target: str, reference: np.ndarray) -> np.ndarray:
+    """The target (S,) without the sum of the constants of the atoms."""
+    atoms = reference[dataset.z]
+    if property_of(target).readout == "spatial_extent":
+        atoms = atoms * _extents(dataset)
+    return dataset.targets[target] - np.add.reduceat(atoms, dataset.ptr[:-1])
 
 
 def _per_structure(values: np.ndarray, ptr: np.ndarray) -> np.ndarray | list[np.ndarray]:
