@@ -155,7 +155,7 @@ figure
 #
 # The same questions for a molecule at 500 K. Where genuine MD17 frames lie at hand they are taken, else those that come with
 # the package (GFN2-xTB). Forces and Hessians at displaced geometries come from MMFF94, which follows the labels well enough
-# for questions of geometry, and of which 10,000 forces take a second.
+# for questions of geometry, and of which thousands take a second.
 
 # %%
 import os
