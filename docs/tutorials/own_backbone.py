@@ -180,7 +180,7 @@ register(OBJECTIVES, "clean_forces", CleanForces)
 register(MODELS, "NDeMLittleNet", NDeMLittleNet)
 
 tasks, (train, valid, test), transformers = load_sample("ethanol")
-settings = {"batch_size": 4, "lr": 5e-3, "warmup_steps": 30, "ema_decay": 0.98, "max_steps": 200, "validate_every": 40}
+settings = {"batch_size": 4, "lr": 5e-3, "warmup_steps": 30, "ema_decay": 0.98, "max_steps": 160, "validate_every": 40}
 models = {}
 for objective in ("supervised", "clean_forces", "ndem"):
     model = NDeMLittleNet(preset="md17_fast", objective=objective, progress=False, seed=0, **settings)
@@ -201,7 +201,7 @@ for name, value in errors.items():
 
 # %% [markdown]
 # A network of some 20,000 weights and seconds of training beat zero forces by far; which of the three objectives is
-# best cannot be said from one seed and 200 steps ([choosing sigma, mask and weight](sigma_mask_weight.py) shows how large
+# best cannot be said from one seed and 160 steps ([choosing sigma, mask and weight](sigma_mask_weight.py) shows how large
 # the spread of seeds is). The term of `clean_forces` goes below 1, which is what a head that always says 0 would have.
 #
 # A saved model is found again by the name of its class; whoever loads it must have registered the classes before, since

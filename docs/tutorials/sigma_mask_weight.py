@@ -74,10 +74,10 @@ for sigma in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2):
 # ## Ten short trainings
 #
 # The same seed, network and steps throughout; three seeds of plain supervised training show how much of a difference is
-# chance. The network is tiny and 200 steps are far too few for a good model: what follows shows *mechanisms*, and no ranking.
+# chance. The network is tiny and 150 steps are far too few for a good model: what follows shows *mechanisms*, and no ranking.
 
 # %%
-STEPS, SIGMA = 200, 0.05
+STEPS, SIGMA = 150, 0.05
 
 
 def run(objective, seed=0, weight=1.0, **options):
@@ -92,7 +92,7 @@ def run(objective, seed=0, weight=1.0, **options):
         lr=4e-3,
         warmup_steps=30,
         ema_decay=0.98,
-        validate_every=20,
+        validate_every=25,
         max_steps=STEPS,
         seed=seed,
         progress=False,
@@ -192,7 +192,7 @@ figure
 # units, the noise adds its share); one that knows the clean force and nothing of the noise has `ratio`; the floor lies
 # below. (With all atoms the share of the noise is 24/27, because of the translations.) In the first steps the term is small,
 # because the network's own forces $f(X)$, which stand in for $F(X)$, are still small. A term that stays high is not broken:
-# telling noise from motion is the slow part, and 200 steps do not get there. At $\sigma=0.2$ Å the term is furthest from its
+# telling noise from motion is the slow part, and 150 steps do not get there. At $\sigma=0.2$ Å the term is furthest from its
 # floor, and the floor itself is a guess: with such displacements the molecule is not harmonic.
 #
 # And it need not get there: what counts is the error on validation data (`valid_forces_mae`), and `valid_loss` has the
