@@ -134,8 +134,9 @@ figure
 # %% [markdown]
 # What this shows, and what it does not:
 #
-# - 30 frames are few, and the cheap level is close to the wanted one. The more frames there are, or the farther apart
-#   the levels, the less is gained; below the distance between the levels everything must come from the new frames.
+# - **It saves time; it need not make the model better in the end.** With 1,500 steps in place of 200 (too long for this page; seed
+#   0) the network from scratch came to 0.076 eV/Å, and the tuned one to 0.077. Below the distance between the levels everything
+#   must come from the 30 frames. A larger network and more cheap frames may change that; look at the ends of both curves.
 # - The 500 steps before are not counted in "equal steps". They are paid once, and used for every fine-tuning.
 # - Whatever your data are, train from scratch once as well: it is one line.
 # - The backbone's options must be those of the first model; all others may differ, the objective too.
