@@ -882,7 +882,7 @@ class CountSplitter(dc.splits.Splitter):
         self.n_train, self.n_valid, self.n_test, self.seed = n_train, n_valid, n_test, seed
 
     def split(self, dataset: Any, *_: Any, **__: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Numbers of the training, validation and test structures; fractions and seed of the call do not hold.
+        """Numbers (n_train,), (n_valid,), (n_test,) of the structures; fractions and seed of the call do not hold.
 
         Raises
         ------

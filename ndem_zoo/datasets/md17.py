@@ -347,7 +347,7 @@ def check_shapes(path: Any, keys: dict[str, str], z: Any, pos: Any, energy: Any,
 
 
 def check_finite(path: Any, key: str, values: np.ndarray) -> None:
-    """Raise DataError if an array with one row per frame is not finite; names the frame."""
+    """Raise DataError if an array (frames, ...) is not finite; names the frame."""
     bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
     if len(bad):
         raise DataError(

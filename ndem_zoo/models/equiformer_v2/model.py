@@ -325,7 +325,7 @@ def gaussians(distance: Float[Tensor, " E"], cutoff: float, number: int) -> Floa
 
 
 def fade(u: Tensor) -> Tensor:
-    """Eq.: 1 - 21 u⁵ + 35 u⁶ - 15 u⁷ below 1, 0 above: leaves 1 and meets 0 with two derivatives of zero."""
+    """Eq.: 1 - 21 u⁵ + 35 u⁶ - 15 u⁷ below 1, 0 above, for any shape: leaves 1 and meets 0 with two derivatives of zero."""
     return (1 - u**5 * (21 - 35 * u + 15 * u.square())) * (u < 1).to(u.dtype)
 
 
