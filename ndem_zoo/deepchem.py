@@ -110,7 +110,7 @@ class ConformerGraphFeaturizer(dc.feat.Featurizer):
     Parameters
     ----------
     cutoff, n_conformers, seed, force_field, add_hydrogens, max_iterations, allow
-        See `ConformerGraph`.
+        See `ConformerGraph`; the cutoff is in Å.
     on_failure
         ``"raise"``: one error that lists all molecules that failed; ``"drop"``: a warning, and an empty array in place of
         their graphs, by which DeepChem's loaders know what to leave out.

@@ -124,7 +124,7 @@ def test_every_length_time_and_temperature_has_a_unit(api):
     missing = [
         f"{name}: {parameter} in {unit}"
         for name, item, text in api
-        if not name.startswith(INTERNAL)
+        if not name.startswith((*INTERNAL, "ndem_zoo.commands"))  # whose options say it in their help
         for parameter, unit in _UNITS.items()
         if parameter in annotations(item) and not re.search(rf"(?<!\w){unit}(?!\w)", text)
     ]

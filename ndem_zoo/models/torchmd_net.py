@@ -36,6 +36,7 @@ class ExpNormalBasis(nn.Module):
     """Radial functions phi(d) exp(-beta_k (exp(-alpha d) - mu_k)²) with alpha = 5 / cutoff.
 
     Their centers mu_k are equidistant in exp(-d), between exp(-cutoff) and 1; beta_k = (2/K (1 - exp(-cutoff)))^-2.
+    Distances d and the cutoff are in Å.
     """
 
     def __init__(self, cutoff: float, num_rbf: int, trainable: bool) -> None:
@@ -59,7 +60,7 @@ class ExpNormalBasis(nn.Module):
 
 
 class NeighborEmbedding(nn.Module):
-    """Mixes the elements of the neighbors, weighted by distance, into an atom's embedding."""
+    """Mixes the elements of the neighbors within `cutoff` (Å), weighted by distance, into an atom's embedding."""
 
     def __init__(self, channels: int, num_rbf: int, cutoff: float, max_z: int) -> None:
         super().__init__()
@@ -86,6 +87,8 @@ class EquivariantAttention(nn.Module):
 
     Parameters
     ----------
+    cutoff
+        Å.
     vector_cutoff
         True multiplies the values by the cutoff function, so that energies are continuous when an atom crosses the
         cutoff; False multiplies the attention only, as the first published version did: for its checkpoints.

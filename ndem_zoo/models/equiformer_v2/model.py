@@ -318,7 +318,7 @@ class NDeMEquiformerV2(NDeMModel):
 
 
 def gaussians(distance: Float[Tensor, " E"], cutoff: float, number: int) -> Float[Tensor, "E B"]:
-    """Eq.: exp(-1/2 ((d - mu_k) / (2 delta))²) with `number` centers mu_k from 0 to the cutoff, delta apart."""
+    """Eq.: exp(-1/2 ((d - mu_k) / (2 delta))²) with `number` centers mu_k from 0 to the cutoff, delta apart; in Å."""
     delta = cutoff / (number - 1)
     centers = constant(tuple(delta * k for k in range(number)), distance.dtype, distance.device)
     return torch.exp(-0.5 * ((distance.unsqueeze(-1) - centers) / (2 * delta)).square())
