@@ -124,6 +124,9 @@ for axis in (left, right):
     axis.grid(True, color="0.92")
 
 # %% [markdown]
+# Energies lie beside the diagonal, all by about the same: weights were chosen by the force error, which does not know of a
+# constant in the energy. It goes away as the training ends.
+#
 # ## Search
 #
 # `GridHyperparamOpt` builds a model for every point, trains it, and compares them on the validation set. With the force error
