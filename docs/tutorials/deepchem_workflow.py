@@ -125,7 +125,7 @@ for axis in (left, right):
 
 # %% [markdown]
 # Energies lie beside the diagonal, all by about the same: weights were chosen by the force error, which does not know of a
-# constant in the energy. It goes away as the training ends.
+# constant in the energy.
 #
 # ## Search
 #
