@@ -110,7 +110,7 @@ class ConformerGraphFeaturizer(dc.feat.Featurizer):
     Parameters
     ----------
     cutoff, n_conformers, seed, force_field, add_hydrogens, max_iterations, allow
-        See `ConformerGraph`.
+        See `ConformerGraph`; the cutoff is in Å.
     on_failure
         ``"raise"``: one error that lists all molecules that failed; ``"drop"``: a warning, and an empty array in place of
         their graphs, by which DeepChem's loaders know what to leave out.
@@ -882,7 +882,7 @@ class CountSplitter(dc.splits.Splitter):
         self.n_train, self.n_valid, self.n_test, self.seed = n_train, n_valid, n_test, seed
 
     def split(self, dataset: Any, *_: Any, **__: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Numbers of the training, validation and test structures; fractions and seed of the call do not hold.
+        """Numbers (n_train,), (n_valid,), (n_test,) of the structures; fractions and seed of the call do not hold.
 
         Raises
         ------

@@ -107,8 +107,12 @@ def oc20_metrics(
 
     Parameters
     ----------
-    predicted, target, ptr, fixed
+    predicted, target
         See `error_metrics`. Without forces (IS2RE) there are those of the energy.
+    ptr : (S + 1,)
+        Where each structure begins and ends.
+    fixed : (N,), optional
+        Atoms whose forces do not count.
 
     Returns
     -------

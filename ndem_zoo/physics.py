@@ -26,7 +26,7 @@ _STRUCTURES_AT_ONCE = 100_000
 
 
 def safe_norm(vectors: Tensor, dim: int = -1, keepdim: bool = False) -> Tensor:
-    """Euclidean norm along `dim`, with value and all derivatives 0 where the vector is 0.
+    """Euclidean norm of `vectors`, of any shape, along `dim`; value and all derivatives are 0 where the vector is 0.
 
     Pitfall: `torch.linalg.vector_norm` of a zero vector gives NaN parameter gradients under a force loss, and adding a
     small number under the root would change every other value.

@@ -161,7 +161,7 @@ def size_batches(
 
 
 def expected_edges(dataset: MolecularDataset, cutoff: float, nearest: Nearest | None = None) -> np.ndarray:
-    """About how many edges each structure has (S,), from its size and density."""
+    """About how many edges each structure has (S,) within `cutoff` (Å), from its size and density."""
     counts = dataset.counts.astype(np.float64)
     density = np.full(len(counts), TYPICAL_DENSITY)
     periodic = np.zeros(len(counts), dtype=bool)
@@ -314,7 +314,7 @@ def collate(
     dtype: torch.dtype = torch.float32,
     with_targets: bool = True,
 ) -> Batch:
-    """The structures `indices` of a dataset as one `Batch` on the CPU; for more than one batch see `Collator`."""
+    """The structures `indices` as one `Batch` on the CPU, with edges up to `cutoff` (Å); for more than one see `Collator`."""
     return Collator(dataset, cutoff, dtype, with_targets=with_targets)(indices)
 
 

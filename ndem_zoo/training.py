@@ -311,7 +311,7 @@ class Run:
             self.potential.backbone.rng = None
 
     def backward(self, loss: Tensor) -> None:
-        """The gradient of the loss."""
+        """The gradient of the loss, a scalar."""
         self.optimizer.zero_grad()
         # Positions have a gradient too, which nobody wants: a tenth of an eager step's launches.
         self.fabric.backward(loss, inputs=self.trainable)

@@ -311,7 +311,7 @@ class MolecularDataset:
         return None if column is None else column.shape
 
     def origin(self) -> tuple[MolecularDataset, np.ndarray | None]:
-        """The dataset whose columns hold these structures, and their numbers in it; None: all of them, in order.
+        """The dataset whose columns hold these structures, and their numbers (S,) in it; None: all of them, in order.
 
         A selection from a store on disk (`store.py`) has no columns of its own until somebody asks for them; whoever
         gathers batches takes them from here.
@@ -517,7 +517,7 @@ class MolecularDataset:
 
     @property
     def w(self) -> np.ndarray:
-        """Weights as DeepChem has them: ones shaped like `y`, or zeros where there are no labels."""
+        """Weights (S, tasks) as DeepChem has them: ones shaped like `y`, or zeros where there are no labels."""
         names = self._scalar_targets()
         return np.ones((len(self), len(names))) if names else np.zeros((len(self), 1))
 
@@ -684,7 +684,7 @@ def _from_deepchem(data: Any) -> MolecularDataset:
 def split_indices(
     n: int, n_train: int | float, n_valid: int | float, seed: int = 1, n_test: int | float | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers of the training, validation and test structures; see `MolecularDataset.split`.
+    """Numbers (n_train,), (n_valid,), (n_test,) of the structures of each part; see `MolecularDataset.split`.
 
     Raises
     ------

@@ -328,7 +328,10 @@ def read_md17(path: str | os.PathLike, revised: bool = False, name: str = "") ->
 
 
 def check_shapes(path: Any, keys: dict[str, str], z: Any, pos: Any, energy: Any, forces: Any) -> tuple[int, int]:
-    """Numbers of frames and atoms, if the arrays fit together; DataError otherwise."""
+    """Numbers of frames and atoms, if the arrays fit together; DataError otherwise.
+
+    `z` is (n,), `pos` in Å and `forces` are (frames, n, 3), `energy` is (frames,) or (frames, 1).
+    """
     if z.ndim != 1 or not np.issubdtype(z.dtype, np.integer):
         raise DataError(
             f"{path}: {keys['z']} has shape {z.shape} and dtype {z.dtype}; needed are integers of shape (n,)"
@@ -347,7 +350,7 @@ def check_shapes(path: Any, keys: dict[str, str], z: Any, pos: Any, energy: Any,
 
 
 def check_finite(path: Any, key: str, values: np.ndarray) -> None:
-    """Raise DataError if an array with one row per frame is not finite; names the frame."""
+    """Raise DataError if an array (frames, ...) is not finite; names the frame."""
     bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
     if len(bad):
         raise DataError(

@@ -550,6 +550,7 @@ class Source:
 
     @property
     def is_lmdb(self) -> bool:
+        """Whether the source is an LMDB file, and not text."""
         return self.records is not None
 
     @property

@@ -38,7 +38,7 @@ class Range:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Range:
-        """Range of some numbers."""
+        """Range of numbers, an array of any shape."""
         return cls(float(values.min()), float(values.max()), float(values.mean()), float(values.std()))
 
 

@@ -174,7 +174,7 @@ def check_structure(structure: Structure) -> Structure:
 
 
 def check_cell(cell: np.ndarray | None, pbc: np.ndarray | None) -> None:
-    """Raise DataError unless the periodic directions have linearly independent cell vectors."""
+    """Raise DataError unless the directions periodic by `pbc` (3,) have independent vectors in `cell` (3, 3), in Å."""
     if pbc is None or not np.any(pbc):
         return
     if cell is None or np.shape(cell) != (3, 3) or np.shape(pbc) != (3,):
@@ -189,7 +189,7 @@ def check_cell(cell: np.ndarray | None, pbc: np.ndarray | None) -> None:
 
 
 def is_singular(cell: np.ndarray, pbc: np.ndarray) -> bool:
-    """Whether the periodic rows of `cell` are linearly dependent, relative to their lengths."""
+    """Whether the rows of `cell` (3, 3) that `pbc` (3,) says are periodic are linearly dependent, whatever their lengths."""
     rows = np.asarray(cell)[np.asarray(pbc, dtype=bool)]
     gram = rows @ rows.T
     # Choice: 1e-10 is the square of an angle of 1e-5 rad between vectors.

@@ -99,7 +99,7 @@ class RadiusGraph(Featurizer):
 
 
 def check_distances(src: np.ndarray, dst: np.ndarray, distance: np.ndarray) -> None:
-    """Raise DataError if an edge is shorter than two atoms can be apart."""
+    """Raise DataError if an edge, of `src`, `dst` (E,) and `distance` (E,) in Å, is shorter than atoms can be apart."""
     if len(distance) and distance.min() < MIN_DISTANCE:
         edge = int(distance.argmin())
         raise DataError(

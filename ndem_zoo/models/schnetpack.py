@@ -155,7 +155,7 @@ class AtomwiseHead(Head):
 class NeighborVectorHead(Head):
     """One vector per atom for networks without vector features, made of the directions to the neighbors.
 
-    Eq.: v_i = sum_j s_j phi(d_ij) r_ij / d_ij, with s_j the neighbor's scalars and phi the cosine cutoff; then gated blocks.
+    Eq.: v_i = sum_j s_j phi(d_ij) r_ij / d_ij, with s_j the neighbor's scalars and phi the cosine cutoff (`cutoff` in Å); then gated blocks.
     """
 
     def __init__(self, channels: int, width: int | None, cutoff: float) -> None:

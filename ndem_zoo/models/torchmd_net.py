@@ -24,7 +24,10 @@ from ndem_zoo.physics import MAX_Z, safe_norm
 
 
 def cosine_cutoff(distance: Tensor, cutoff: float) -> Tensor:
-    """1/2 (cos(pi d / cutoff) + 1) inside the cutoff, 0 outside: falls from 1 to 0 with zero slope at both ends."""
+    """1/2 (cos(pi d / cutoff) + 1) inside the cutoff, 0 outside: falls from 1 to 0 with zero slope at both ends.
+
+    Distances, of any shape, and cutoff are in Å.
+    """
     inside = 0.5 * (torch.cos(distance * (math.pi / cutoff)) + 1.0)
     return inside * (distance < cutoff).to(distance.dtype)
 
@@ -33,6 +36,7 @@ class ExpNormalBasis(nn.Module):
     """Radial functions phi(d) exp(-beta_k (exp(-alpha d) - mu_k)²) with alpha = 5 / cutoff.
 
     Their centers mu_k are equidistant in exp(-d), between exp(-cutoff) and 1; beta_k = (2/K (1 - exp(-cutoff)))^-2.
+    Distances d and the cutoff are in Å.
     """
 
     def __init__(self, cutoff: float, num_rbf: int, trainable: bool) -> None:
@@ -56,7 +60,7 @@ class ExpNormalBasis(nn.Module):
 
 
 class NeighborEmbedding(nn.Module):
-    """Mixes the elements of the neighbors, weighted by distance, into an atom's embedding."""
+    """Mixes the elements of the neighbors within `cutoff` (Å), weighted by distance, into an atom's embedding."""
 
     def __init__(self, channels: int, num_rbf: int, cutoff: float, max_z: int) -> None:
         super().__init__()
@@ -69,7 +73,10 @@ class NeighborEmbedding(nn.Module):
     def forward(
         self, x: Tensor, z: Tensor, src: Tensor, dst: Tensor, distance: Tensor, rbf: Tensor
     ) -> Float[Tensor, "N C"]:
-        """x_i <- W [x_i ; sum_j Emb(z_j) (W_d e(d_ij) + b_d) phi(d_ij)] + b, over neighbors j != i."""
+        """x_i <- W [x_i ; sum_j Emb(z_j) (W_d e(d_ij) + b_d) phi(d_ij)] + b, over neighbors j != i.
+
+        `x` is (N, C), `z` (N,), `src` and `dst` (E,), `distance` (E,) in Å, `rbf` (E, R).
+        """
         weight = self.distance_proj(rbf) * cosine_cutoff(distance, self.cutoff).unsqueeze(-1)  # (E, C)
         neighbors = sum_by_index(self.embedding(z).index_select(0, src) * weight, dst, x.shape[0])
         return self.combine(torch.cat([x, neighbors], dim=-1))
@@ -80,6 +87,8 @@ class EquivariantAttention(nn.Module):
 
     Parameters
     ----------
+    cutoff
+        Å.
     vector_cutoff
         True multiplies the values by the cutoff function, so that energies are continuous when an atom crosses the
         cutoff; False multiplies the attention only, as the first published version did: for its checkpoints.

@@ -114,7 +114,7 @@ class SupervisedLoss:
 
 
 def mean_of_rows(values: Tensor, counts: Bool[Tensor, " N"]) -> Tensor:
-    """Mean over the rows that count; 0 if there are none."""
+    """Mean over the rows of `values`, (N,) or (N, d), that count, as a scalar; 0 if there are none."""
     values = values.mean(dim=-1) if values.dim() > 1 else values
     return (values * counts).sum() / counts.sum().clamp(min=1)
 

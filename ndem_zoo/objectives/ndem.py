@@ -154,7 +154,7 @@ class NDeM(Objective):
     def reference_forces(
         self, potential: Potential, clean: Prediction, batch: Batch, like: Tensor
     ) -> Float[Tensor, "N 3"]:
-        """F(X) in units of the scale, with as much gradient as `grad_main` lets through."""
+        """F(X) in units of the scale, with as much gradient as `grad_main` lets through; `like` (N, 3) gives the dtype."""
         if self.options.grad_main == "label":
             return (batch.targets["forces"] / potential.scale).to(like.dtype)
         if clean.forces is None:
@@ -170,7 +170,7 @@ class NDeM(Objective):
         return -change / potential.scale.to(change.dtype)
 
     def mean_square(self, residual: Float[Tensor, "N 3"], noise: Noise, free: Bool[Tensor, " N"]) -> Tensor:
-        """Average over the atoms that count: those that are `free`, or of these the moved ones."""
+        """Average over the atoms that count, a scalar: those that are `free`, or of these the moved ones."""
         options = self.options
         square = residual.square()
         per_atom = square.sum(-1) if options.reduction == "atom_sum_xyz" else square.mean(-1)

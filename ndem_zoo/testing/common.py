@@ -65,13 +65,15 @@ def resolve(table: dict[str, str], given: Any, what: str) -> tuple[str, Any]:
 
 
 def require(condition: bool | Tensor, message: str) -> None:
-    """Raise AssertionError with `message` unless `condition` holds; unlike ``assert``, also under ``python -O``."""
+    """Raise AssertionError with `message` unless `condition`, a scalar, holds; unlike ``assert``, also under ``python -O``."""
     if not bool(condition):
         raise AssertionError(message)
 
 
 def require_close(value: Tensor, expected: Tensor, tolerance: float, what: str, floor: float = NOT_ZERO) -> None:
     """Raise AssertionError unless the largest difference is below `tolerance` times the largest expected value.
+
+    Both tensors may be of any shape, the same for both.
 
     Fails too if everything expected is smaller than `floor`: zeros agree with zeros whatever the code does.
     """
@@ -83,13 +85,15 @@ def require_close(value: Tensor, expected: Tensor, tolerance: float, what: str, 
 
 
 def require_same_bits(value: Tensor, expected: Tensor, what: str) -> None:
-    """Raise AssertionError unless both tensors are equal to the last bit."""
+    """Raise AssertionError unless both tensors, of any shape, are equal to the last bit."""
     same = value.dtype == expected.dtype and value.shape == expected.shape and torch.equal(value, expected)
     require(same, f"{what}: not the same bits")
 
 
 def require_equal(value: Tensor, expected: Tensor, what: str) -> None:
     """Raise AssertionError unless the same computation gave the same: to the last bit on a CPU, to rounding on a GPU.
+
+    Both tensors may be of any shape, the same for both.
 
     GPUs add in no fixed order.
     """
@@ -126,7 +130,7 @@ def fill_weights(module: nn.Module) -> nn.Module:
 
 
 def waves(shape: Sequence[int], phase: float = 0.0) -> np.ndarray:
-    """Numbers between -1 and 1 without pattern, the same everywhere: for displacements and directions."""
+    """Numbers between -1 and 1, in any shape, without pattern, the same everywhere: for displacements and directions."""
     k = np.arange(math.prod(shape), dtype=np.float64)
     return np.sin(0.7 * k * k + k + phase).reshape(tuple(shape))
 

@@ -76,7 +76,7 @@ def check_dataset(
     load
         From a seed to ``(tasks, (train, valid, test), transformers)``.
     row, positions, energy, forces, targets, train_rows
-        What is known about the raw file; see `DatasetCase`. Convert by hand, not with the code under test.
+        What is known about the raw file, in eV and Å; see `DatasetCase`. Convert by hand, not with the code under test.
     name
         For messages.
     skip

@@ -369,7 +369,7 @@ class HarmonicHead(Head):
         self.stiffness, self.vector = nn.Parameter(stiffness.clone()), vector
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
-        """Energy k d²/2, or force -k d."""
+        """Energy k d²/2 (N,), or force -k d (N, 3)."""
         k = self.stiffness.index_select(0, batch.z)
         return -k.unsqueeze(-1) * features.vectors[:, :, 0] if self.vector else k * features.scalars[:, 0]
 

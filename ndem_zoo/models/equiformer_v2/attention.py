@@ -83,7 +83,7 @@ class EdgeFeatures(NamedTuple):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products of `x` are calculated in: autocast's type where it is on."""
+    """What matrix products of `x`, of any shape, are calculated in: autocast's type where it is on."""
     kind = x.device.type
     if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -93,18 +93,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def island(x: Tensor) -> Tensor:
-    """`x` in at least float32: for norms, softmax and sums."""
+    """`x`, of any shape, in at least float32: for norms, softmax and sums."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """LayerNorm in at least float32."""
+    """LayerNorm of `x` (..., C) in at least float32."""
     with torch.autocast(x.device.type, enabled=False):
         return norm(island(x))
 
 
 def smooth_leaky_relu(x: Tensor) -> Tensor:
-    """Eq.: 0.6 x + 0.4 x (2 sigmoid(x) - 1): slopes 1 and 0.2 far from 0, smooth between."""
+    """Eq.: 0.6 x + 0.4 x (2 sigmoid(x) - 1), for any shape: slopes 1 and 0.2 far from 0, smooth between."""
     return x * (0.2 + 0.8 * torch.sigmoid(x))
 
 
@@ -357,7 +357,7 @@ class GraphAttention(nn.Module):
 def neighbor_softmax(
     score: Float[Tensor, "E h"], dst: Tensor, n_atoms: int, envelope: Float[Tensor, "E 1"] | None
 ) -> Float[Tensor, "E h"]:
-    """Softmax over the edges into each atom.
+    """Softmax over the edges into each atom `dst` (E,).
 
     Eq.: with an envelope f, f_j f_j exp(s_j) / sum_k f_k exp(s_k): a neighbor that leaves counts no more in the sum, and an
     only neighbor, whose share is 1 until the end, fades as well.

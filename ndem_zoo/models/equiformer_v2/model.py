@@ -318,14 +318,14 @@ class NDeMEquiformerV2(NDeMModel):
 
 
 def gaussians(distance: Float[Tensor, " E"], cutoff: float, number: int) -> Float[Tensor, "E B"]:
-    """Eq.: exp(-1/2 ((d - mu_k) / (2 delta))²) with `number` centers mu_k from 0 to the cutoff, delta apart."""
+    """Eq.: exp(-1/2 ((d - mu_k) / (2 delta))²) with `number` centers mu_k from 0 to the cutoff, delta apart; in Å."""
     delta = cutoff / (number - 1)
     centers = constant(tuple(delta * k for k in range(number)), distance.dtype, distance.device)
     return torch.exp(-0.5 * ((distance.unsqueeze(-1) - centers) / (2 * delta)).square())
 
 
 def fade(u: Tensor) -> Tensor:
-    """Eq.: 1 - 21 u⁵ + 35 u⁶ - 15 u⁷ below 1, 0 above: leaves 1 and meets 0 with two derivatives of zero."""
+    """Eq.: 1 - 21 u⁵ + 35 u⁶ - 15 u⁷ below 1, 0 above, for any shape: leaves 1 and meets 0 with two derivatives of zero."""
     return (1 - u**5 * (21 - 35 * u + 15 * u.square())) * (u < 1).to(u.dtype)
 
 

@@ -92,7 +92,7 @@ def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def degrees_of_all(lmax: int, device: torch.device) -> Tensor:
-    """Degree l of each of the (L + 1)² coefficients."""
+    """Degree l of each of the K = (L + 1)² coefficients, (K,)."""
     return constant(tuple(degree for degree in range(lmax + 1) for _ in range(2 * degree + 1)), torch.long, device)
 
 
