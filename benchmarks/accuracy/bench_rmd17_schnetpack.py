@@ -15,6 +15,7 @@ Needs schnetpack (the full stack has it).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -158,6 +159,17 @@ def test_errors(file: Path, test: Any) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------- cost of a step
 
 
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Make a folder the current one for a while."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 class Stepper:
     """Training steps of a configuration as ``spktrain`` takes them, batches included, without the trainer around them."""
 
@@ -168,8 +180,9 @@ class Stepper:
         with initialize_config_module("schnetpack.configs", version_base="1.2"):
             config = compose("train", [f"experiment={experiment}", *options, "run.work_dir=."])
         self.data = instantiate(config.data)
-        self.data.prepare_data()
-        self.data.setup()
+        with working_in(Path(config.run.data_dir)):  # it leaves a lock where it is
+            self.data.prepare_data()
+            self.data.setup()
         model = instantiate(config.model)
         model.initialize_transforms(self.data)
         self.outputs, self.model = [instantiate(output) for output in config.task.outputs], model.train()
