@@ -807,7 +807,8 @@ class EstimatorModel(dc.models.Model):
                 raise ConfigError(f"{checkpoint} has {name}={source.resolved_[name]!r}, this model has {own[name]!r}")
         if source.resolved_["supervised"]["target"] != self._target:
             raise ConfigError(f"{checkpoint} predicts another target than {self._target!r}")
-        for name in ("potential_", "objective_", "reference_", "resolved_", "training_data_", "history_"):
+        names = ("potential_", "objective_", "reference_", "resolved_", "training_data_", "provenance_", "history_")
+        for name in names:
             setattr(self.model, name, getattr(source, name))
         self._global_step = record["global_step"]
         self._phase = _Phase(**record["phase"]) if record["phase"] else None
