@@ -23,6 +23,7 @@ from ndem_zoo import checkpoint as files
 from ndem_zoo import registry
 from ndem_zoo.errors import ConfigError, DataWarning, FileFormatError
 from ndem_zoo.metrics import dataset_metrics, unit_of
+from ndem_zoo.predictions import Predictions
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -365,8 +366,9 @@ def train_run(
     """Train a model and leave everything about it in a folder.
 
     Written are ``model/`` (see `NDeMModel.save`), ``history.csv``, ``split.json`` (the ids of the structures of each
-    part), ``metrics.json`` (what is returned), checkpoints ``step-...``, and, where matplotlib is installed,
-    ``parity.png`` and ``learning_curve.png``.
+    part), ``metrics.json`` (what is returned), ``predictions.npz`` (of the test data, or else the validation data; see
+    `predictions.Predictions`), checkpoints ``step-...``, and, where matplotlib is installed, ``parity.png`` and
+    ``learning_curve.png``.
 
     Parameters
     ----------
@@ -421,6 +423,7 @@ def train_run(
         found = dataset_metrics(predicted, part)
         record[name] = {"n_structures": len(part)} | found
         model.note_evaluation(part, found, name)
+        Predictions.of(name, part, predicted).save(out)  # the test data come last
     model.save(out / "model")  # again: now its card has the errors
     record["units"] = units_of(record.get("valid", {}), record.get("test", {}))
     files.save_json(out / "metrics.json", record)

@@ -745,7 +745,7 @@ def test_the_card_says_what_the_model_is(fitted, tmp_path, train_set):
     card = (tmp_path / "model" / "card.md").read_text()
     assert f"{fitted.potential_.n_parameters:,} parameters" in card
     assert train_set.split_hash in card
-    assert "H, C, O" in card
+    assert "H (60 atoms), C (20 atoms), O (10 atoms)" in card
     assert "10 structures" in card
 
 
