@@ -188,10 +188,10 @@ def test_command_line_page_runs(tmp_path, monkeypatch, capsys):
         if block.language == "console" and block.no_run is None
         for words in commands_of(block)
     ]
-    assert [words[1] for words in commands] == ["train", "evaluate", "predict", "md", "info", "bench"]
+    assert [words[1] for words in commands] == ["train", "evaluate", "predict", "md", "info", "report", "bench"]
     for words in commands:
         assert run(words[1:]) == 0, (words, capsys.readouterr().err)
-    for file in ("metrics.json", "split.json", "history.csv", "model/config.json"):
+    for file in ("metrics.json", "split.json", "history.csv", "predictions.npz", "model/config.json"):
         assert (tmp_path / "runs" / "first" / file).is_file()
 
 
