@@ -17,6 +17,7 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from ndem_zoo._version import __version__
+from ndem_zoo.datasets.checks import blocks
 from ndem_zoo.graph import neighbor_list
 from ndem_zoo.physics import MAX_Z
 
@@ -106,10 +107,10 @@ def limits_of(dataset: MolecularDataset) -> dict[str, Any]:
         not periodic; None if there is none with two atoms).
     """
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), MOST_STRUCTURES)).astype(np.int64))
-    numbers, counts = np.unique(dataset.z, return_counts=True)
+    counts = sum(np.bincount(block.z, minlength=MAX_Z + 1) for _, block in blocks(dataset))
     shortest, longest = _distances(dataset.select(rows))
     return {
-        "elements": {chemical_symbols[z]: int(n) for z, n in zip(numbers, counts, strict=True)},
+        "elements": {chemical_symbols[z]: int(counts[z]) for z in np.flatnonzero(counts)},
         "atoms": [int(dataset.counts.min()), int(dataset.counts.max())],
         "n_periodic": 0 if dataset.pbc is None else int(dataset.pbc.any(axis=1).sum()),
         "n_structures": len(dataset),
