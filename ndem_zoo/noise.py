@@ -51,6 +51,7 @@ def masked_gaussian(
     sample: SigmaSample = "loguniform",
     per: SigmaPer = "structure",
     probability: float = 1.0,
+    probability_per: SigmaPer = "structure",
     reuse_edges: bool = False,
 ) -> tuple[Batch, Noise]:
     """Move a random subset of the atoms by Gaussian noise.
@@ -70,8 +71,8 @@ def masked_gaussian(
         one is left, if it has two.
     sample, per
         How a sigma is drawn from a range, and for what: each structure, or the whole batch (as in the paper).
-    probability
-        That a structure is moved at all.
+    probability, probability_per
+        That a structure is moved at all; drawn for each, or once for the whole batch.
     reuse_edges
         Keep the edges of the batch, whatever the noise; see `graph.displace`.
 
@@ -80,7 +81,8 @@ def masked_gaussian(
     With ``ratio=1`` the mean displacement of a structure without fixed atoms is subtracted: a translation of the whole
     structure cannot be seen. With a mask it can, and nothing is subtracted.
     """
-    noise = gaussian(batch, rng, sigma=sigma, ratio=ratio, sample=sample, per=per, probability=probability)
+    how = {"sample": sample, "per": per, "probability": probability, "probability_per": probability_per}
+    noise = gaussian(batch, rng, sigma=sigma, ratio=ratio, **how)
     return displace(batch, noise.epsilon, cutoff, reuse_edges), noise
 
 
@@ -93,13 +95,15 @@ def gaussian(
     sample: SigmaSample = "loguniform",
     per: SigmaPer = "structure",
     probability: float = 1.0,
+    probability_per: SigmaPer = "structure",
 ) -> Noise:
     """The noise of `masked_gaussian`, without moving anything."""
     sigmas = draw_sigma(batch, rng, sigma, sample, per)
     mask = draw_mask(batch, rng, ratio)
     if probability < 1:
-        chosen = torch.rand(batch.n_systems, generator=rng, device=batch.pos.device) < probability
-        mask = mask & chosen.index_select(0, batch.system)
+        n = batch.n_systems if probability_per == "structure" else 1
+        chosen = torch.rand(n, generator=rng, device=batch.pos.device) < probability
+        mask = mask & chosen.expand(batch.n_systems).index_select(0, batch.system)
     normal = torch.randn(batch.pos.shape, generator=rng, device=batch.pos.device, dtype=batch.pos.dtype)
     epsilon = normal * sigmas * mask.unsqueeze(-1)
     if ratio >= 1:

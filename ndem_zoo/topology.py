@@ -373,7 +373,10 @@ def _with_orders(mol: Mol, charge: int) -> Mol:
         part.RemoveAtom(lone)  # it has no valence that could be right
     part = part.GetMol()
     # Choice: no stereo; it says nothing on which terms there are, and a thermal frame could turn it.
-    determine.DetermineBondOrders(part, charge=charge, embedChiral=False, maxIterations=_MAX_ITERATIONS)
+    options = {"charge": charge, "embedChiral": False}
+    if "maxIterations" in determine.DetermineBondOrders.__doc__:  # RDKit 2024 and later
+        options["maxIterations"] = _MAX_ITERATIONS
+    determine.DetermineBondOrders(part, **options)
     _copy_orders(mol, part, bonded)
     return mol
 

@@ -35,7 +35,8 @@ def _l2(error: Tensor, zero: Tensor, reduction: str) -> Tensor:
     return safe_norm(error) if error.dim() > 1 else error.abs()
 
 
-_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "l2mae": _l2}
+#: Losses of errors and zeros, by name.
+LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "l2mae": _l2}
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class SupervisedLoss:
 
         `counts` (N,) says whose forces count; default: everybody's.
         """
-        loss = _LOSSES[self.loss]
+        loss = LOSSES[self.loss]
         found = {}
         for name, error in errors.items():
             each = loss(error, torch.zeros_like(error), reduction="none")

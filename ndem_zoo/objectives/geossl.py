@@ -20,7 +20,7 @@ from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch, make_batch
 from ndem_zoo.models.base import Backbone
 from ndem_zoo.models.potential import Potential
-from ndem_zoo.objectives.base import NoiseOptions, Objective, check_not_negative, check_whole
+from ndem_zoo.objectives.base import NoiseOptions, Objective, check_not_negative, check_whole, mean_of_rows
 from ndem_zoo.physics import safe_norm
 
 
@@ -81,7 +81,7 @@ class DistanceScore(nn.Module):
 class GeoSSL(Objective):
     """Supervised terms on the clean structure, plus denoising of its pair distances as seen from a noisy one, and back.
 
-    Pairs are the edges of the batch: in small molecules all pairs.
+    Pairs are the edges of the batch: in small molecules all pairs. Those of two fixed atoms do not count.
     """
 
     Options: ClassVar[type] = GeoSSLOptions
@@ -117,7 +117,7 @@ class GeoSSL(Objective):
         noise = torch.randn(distance.shape, generator=rng, device=distance.device, dtype=distance.dtype)
         score = self.head(scalars, batch, distance + sigma * noise) / sigma
         loss = (score + noise / sigma).square() * sigma**self.options.annealing_power / 2
-        return loss.sum() / max(1, loss.numel())
+        return mean_of_rows(loss, ~(batch.fixed.index_select(0, batch.src) & batch.fixed.index_select(0, batch.dst)))
 
 
 def n_scalars(backbone: Backbone) -> int:
