@@ -255,6 +255,8 @@ def _move_side(
         arms = rotate(arms, axis.index_select(0, batch.system), angle.index_select(0, batch.system))
     shift = after / safe_norm(after, keepdim=True).clamp(min=1e-3) * stretch.unsqueeze(-1)
     turned = (j + shift).index_select(0, batch.system) + arms
+    # What is not turned keeps its positions to the last bit.
+    moved = moved & (amounts != 0).any(dim=-1).index_select(0, batch.system)
     return torch.where(moved.unsqueeze(-1), turned, pos)
 
 
