@@ -103,9 +103,8 @@ def test_lindh_constants_are_of_the_size_of_measured_ones():
     batch = ObjectiveCase.of("frad").batch_of([molecule("H2O"), molecule("C2H6")])
     constants = lindh_constants(batch.z, batch.pos, terms_of(batch))
     water, ethane = constants.bonds / mdyn
-    assert water[:2].tolist() == pytest.approx([8.45] * 2, rel=0.3)
-    assert ethane[0].item() == pytest.approx(4.5, rel=0.6)
-    assert ethane[1:7].tolist() == pytest.approx([5.0] * 6, rel=0.25)
+    for found, measured in ((water[:2], 8.45), (ethane[:1], 4.5), (ethane[1:7], 5.0)):
+        assert 1.0 < float(found.min()) / measured <= float(found.max()) / measured < 1.6
 
 
 # --------------------------------------------------------------------------------------------------------- the noise
