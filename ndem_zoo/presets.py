@@ -169,6 +169,8 @@ _GEOSSL = "GeoSSL-DDM, ICLR 2023, code, fine-tuning on MD17"
 _NODES = "Noisy Nodes, ICLR 2022, QM9"
 _KCAL = 0.04336410390059322  # eV, 1 kcal/mol
 
+_OTHERS = _MD17_PAPER["objectives"].value  # those that the recipes of rivals say nothing of
+
 _MD17_FRAD = _MD17_PAPER | {
     "loss": Sourced("smooth_l1", _FRAD),
     "scale": Sourced(_KCAL, _FRAD + ": errors in kcal/mol and kcal/mol/Å; the network's own unit there is another"),
@@ -178,7 +180,8 @@ _MD17_FRAD = _MD17_PAPER | {
         0.1, _FRAD + "; much less in effect there, where the target is divided by the pre-training's sigma"
     ),
     "objectives": Sourced(
-        {
+        _OTHERS
+        | {
             "frad": {"sigma": 0.005, "internal": "rotors", "rotor_sigma": 20.0, "separate_branch": True},
             "noisy_nodes": {"sigma": 0.005, "separate_branch": True},
             "slide": {"sigma": 0.04},
@@ -204,7 +207,7 @@ _MD17_DENS = _MD17_PAPER | {
     "weight_schedule": Sourced("decay", _DENS),
     "backbone": Sourced(_MD17_PAPER["backbone"].value, "as md17_paper; " + _DENS + " has another network"),
     "objectives": Sourced(
-        {"dens": {"sigma": 0.05, "ratio": 0.25, "probability": 0.25, "denoising_loss": "l2mae"}},
+        _OTHERS | {"dens": {"sigma": 0.05, "ratio": 0.25, "probability": 0.25, "denoising_loss": "l2mae"}},
         _DENS + "; toluene: probability 0.125, sigma 0.025",
     ),
 }
@@ -226,7 +229,7 @@ _MD17_GEOSSL = _MD17_PAPER | {
         _MD17_PAPER["backbone"].value, "as md17_paper; " + _GEOSSL + ": SchNet or PaiNN of 128 channels"
     ),
     "objectives": Sourced(
-        {"geossl": {"sigma": 0.3, "levels": 30, "largest": 10.0, "smallest": 0.01}},
+        _OTHERS | {"geossl": {"sigma": 0.3, "levels": 30, "largest": 10.0, "smallest": 0.01}},
         _GEOSSL.replace("fine-tuning on MD17", "pre-training"),
     ),
 }
@@ -236,7 +239,9 @@ _QM9_NOISY_NODES = _QM9_PAPER | {
     "ema_decay": Sourced(0.9999, _NODES + ", with a slow start as here"),
     "weight": Sourced(0.1, _NODES + "; 0.01 for U0, U, H and G"),
     "backbone": Sourced(_QM9_PAPER["backbone"].value, "as qm9_paper; " + _NODES + " has another network (GNS)"),
-    "objectives": Sourced({"noisy_nodes": {"sigma": 0.02, "separate_branch": False}}, _NODES),
+    "objectives": Sourced(
+        _QM9_PAPER["objectives"].value | {"noisy_nodes": {"sigma": 0.02, "separate_branch": False}}, _NODES
+    ),
 }
 
 PRESETS: dict[str, dict[str, Sourced]] = {
