@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch
-from ndem_zoo.physics import MAX_Z, safe_norm
+from ndem_zoo.physics import safe_norm
 
 #: R. Lindh, A. Bernhardsson, G. Karlström, P.-Å. Malmqvist, Chem. Phys. Lett. 241, 423 (1995): constants in Hartree (per
 #: bohr² for lengths), and by rows of the periodic table (1, 2, 3 and below) decay in 1/bohr² and distance in bohr.
@@ -126,12 +126,12 @@ def lindh_constants(z: Int[Tensor, " N"], pos: Float[Tensor, "N 3"], terms: Term
     Eq. rho_ij = exp(a_ij (r0_ij² - r_ij²)); k_ij = 0.45 rho_ij, k_ijk = 0.15 rho_ij rho_jk and
     k_ijkl = 0.005 rho_ij rho_jk rho_kl, in Hartree and bohr.
     """
-    rows = _periodic_rows(z)
-    decay, distance = (pos.new_tensor(table) for table in (LINDH_DECAY, LINDH_DISTANCE))
+    rows = (z > 2).long() + (z > 10).long()  # (N,): 0 for hydrogen and helium, 1 for lithium to neon, 2 for all others
 
     def rho(a: Tensor, b: Tensor) -> Tensor:
         square = (pos[a] - pos[b]).square().sum(-1) / units.Bohr**2
-        return torch.exp(decay[rows[a], rows[b]] * (distance[rows[a], rows[b]].square() - square))
+        decay, distance = (_by_rows(table, rows[a], rows[b], square) for table in (LINDH_DECAY, LINDH_DISTANCE))
+        return torch.exp(decay * (distance.square() - square))
 
     bonds, angles, torsions = (t.unbind(-1) for t in (terms.bonds, terms.angles, terms.torsions))
     stretch = LINDH_BOND * units.Hartree / units.Bohr**2 * rho(*bonds)
@@ -140,10 +140,14 @@ def lindh_constants(z: Int[Tensor, " N"], pos: Float[Tensor, "N 3"], terms: Term
     return Constants(stretch * terms.is_bond, bend * terms.is_angle, twist * terms.is_torsion)
 
 
-def _periodic_rows(z: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
-    """0 for hydrogen and helium, 1 for lithium to neon, 2 for all others."""
-    table = [0, 0, 0, *[1] * 8, *[2] * (MAX_Z - 10)]
-    return torch.tensor(table, device=z.device).index_select(0, z)
+def _by_rows(table: tuple[tuple[float, ...], ...], a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """Entries of a table for rows of the periodic table, in the dtype of `like`."""
+    # Choice: sums of comparisons with numbers; a table on the device would have to be copied there, and be waited for.
+    values = torch.zeros_like(like)
+    for i, numbers in enumerate(table):
+        for j, number in enumerate(numbers):
+            values = values.masked_fill((a == i) & (b == j), number)
+    return values
 
 
 def spring_energy(

@@ -203,7 +203,8 @@ def internal_displacement(batch: Batch, rng: torch.Generator, sigmas: InternalSi
     scale = [math.radians(sigmas.rotor), math.radians(sigmas.bend), math.radians(sigmas.torsion), sigmas.bond]
     shape = (batch.n_systems, number, 4)
     draws = torch.randn(shape, generator=rng, device=batch.pos.device, dtype=batch.pos.dtype)
-    draws = draws * draws.new_tensor(scale)
+    # Numbers, not a tensor of them: copying one to a GPU would wait for it.
+    draws = torch.stack([draws[..., kind] * sigma for kind, sigma in enumerate(scale)], dim=-1)
     pos = batch.pos
     for h in range(number):
         hinge = extras["hinges"][:, h].long()  # (S, 3)

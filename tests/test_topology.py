@@ -13,6 +13,7 @@ from ase.io import read as read_ase
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.datasets.md17 import read_md17
 from ndem_zoo.datasets.qm9 import read_qm9
+from ndem_zoo.datasets.store import open_store
 from ndem_zoo.errors import DataError
 from ndem_zoo.featurizers.conformer import ConformerGraph
 from ndem_zoo.featurizers.terms import find_terms, side_of
@@ -247,6 +248,16 @@ def test_estimators_find_the_bonds(ethanol, objective):
     term = {"frad": "train_denoising", "slide": "train_springs"}[objective]
     assert model.history_[-1][term] > 0
     model.partial_fit(ethanol[:12], max_steps=1)
+
+
+def test_bonds_are_kept_in_a_store(ethanol, tmp_path):
+    """What was found is saved with the data, and used as it is."""
+    with_internal_coordinates(ethanol[:12]).save(tmp_path / "store")
+    stored = open_store(tmp_path / "store")
+    assert with_internal_coordinates(stored) is stored
+    model = NDeMTorchMDNet(objective="slide", backbone_options=TINY, batch_size=4, progress=False, device="cpu")
+    model.fit(stored[:8], max_steps=2)
+    assert model.history_[-1]["train_springs"] > 0
 
 
 @pytest.mark.parametrize("objective", ["frad", "slide"])
