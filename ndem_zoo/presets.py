@@ -162,8 +162,95 @@ _OC20_31M = _OC20_153M | {
     "backbone": Sourced({"equiformer_v2": {"preset": "31M"}, "torchmd_net": {}}, _EQV2),
 }
 
+_FRAD = "Frad, code of the NMI edition, fine-tuning on MD17"
+_SLIDE = "SliDe, ICLR 2024, code, fine-tuning on MD17"
+_DENS = "DeNS, TMLR 2024, MD17 (Equiformer, aspirin)"
+_GEOSSL = "GeoSSL-DDM, ICLR 2023, code, fine-tuning on MD17"
+_NODES = "Noisy Nodes, ICLR 2022, QM9"
+_KCAL = 0.04336410390059322  # eV, 1 kcal/mol
+
+_OTHERS = _MD17_PAPER["objectives"].value  # those that the recipes of rivals say nothing of
+
+_MD17_FRAD = _MD17_PAPER | {
+    "loss": Sourced("smooth_l1", _FRAD),
+    "scale": Sourced(_KCAL, _FRAD + ": errors in kcal/mol and kcal/mol/Å; the network's own unit there is another"),
+    "energy_weight": Sourced(0.01, _FRAD + ": 0.2, with gradients of the energy scaled by 0.05 (ema_alpha_y)"),
+    "force_weight": Sourced(0.8, _FRAD),
+    "weight": Sourced(
+        0.1, _FRAD + "; much less in effect there, where the target is divided by the pre-training's sigma"
+    ),
+    "objectives": Sourced(
+        _OTHERS
+        | {
+            "frad": {"sigma": 0.005, "internal": "rotors", "rotor_sigma": 20.0, "separate_branch": True},
+            "noisy_nodes": {"sigma": 0.005, "separate_branch": True},
+            "slide": {"sigma": 0.04},
+        },
+        _FRAD + "; slide: " + _SLIDE.replace("fine-tuning on MD17", "pre-training"),
+    ),
+}
+
+_MD17_DENS = _MD17_PAPER | {
+    "lr": Sourced(5e-4, _DENS),
+    "weight_decay": Sourced(1e-6, _DENS),
+    "warmup_steps": Sourced(1190, _DENS + ": 10 epochs of 950 frames"),
+    "warmup_factor": Sourced(0.002, _DENS + ": from 1e-6"),
+    "schedule": Sourced("cosine", _DENS),
+    "min_lr": Sourced(1e-6, _OURS + ": where the warm-up begins"),
+    "nb_epoch": Sourced(1500, _DENS),
+    "early_stopping": Sourced(None, _UNUSED),
+    "energy_weight": Sourced(1.0, _DENS),
+    "force_weight": Sourced(80.0, _DENS + "; malonaldehyde 100, uracil 20, naphthalene 2:20"),
+    "loss": Sourced("l2mae", _DENS),
+    "scale": Sourced("target_std", _DENS),
+    "weight": Sourced(5.0, _DENS),
+    "weight_schedule": Sourced("decay", _DENS),
+    "backbone": Sourced(_MD17_PAPER["backbone"].value, "as md17_paper; " + _DENS + " has another network"),
+    "objectives": Sourced(
+        _OTHERS | {"dens": {"sigma": 0.05, "ratio": 0.25, "probability": 0.25, "denoising_loss": "l2mae"}},
+        _DENS + "; toluene: probability 0.125, sigma 0.025",
+    ),
+}
+
+_MD17_GEOSSL = _MD17_PAPER | {
+    "batch_size": Sourced(5, _GEOSSL),
+    "lr": Sourced(5e-4, _GEOSSL),
+    "warmup_steps": Sourced(0, _GEOSSL),
+    "schedule": Sourced("cosine", _GEOSSL),
+    "min_lr": Sourced(0.0, _GEOSSL),
+    "nb_epoch": Sourced(1000, _GEOSSL),
+    "early_stopping": Sourced(None, _UNUSED),
+    "energy_weight": Sourced(0.05, _GEOSSL),
+    "force_weight": Sourced(0.95, _GEOSSL),
+    "loss": Sourced("l1", _GEOSSL),
+    "scale": Sourced(_KCAL, _GEOSSL + ": errors in kcal/mol and kcal/mol/Å"),
+    "weight": Sourced(1.0, _OURS + ": there distances are denoised in pre-training only"),
+    "backbone": Sourced(
+        _MD17_PAPER["backbone"].value, "as md17_paper; " + _GEOSSL + ": SchNet or PaiNN of 128 channels"
+    ),
+    "objectives": Sourced(
+        _OTHERS | {"geossl": {"sigma": 0.3, "levels": 30, "largest": 10.0, "smallest": 0.01}},
+        _GEOSSL.replace("fine-tuning on MD17", "pre-training"),
+    ),
+}
+
+_QM9_NOISY_NODES = _QM9_PAPER | {
+    "lr": Sourced(1e-4, _NODES),
+    "ema_decay": Sourced(0.9999, _NODES + ", with a slow start as here"),
+    "weight": Sourced(0.1, _NODES + "; 0.01 for U0, U, H and G"),
+    "backbone": Sourced(_QM9_PAPER["backbone"].value, "as qm9_paper; " + _NODES + " has another network (GNS)"),
+    "objectives": Sourced(
+        _QM9_PAPER["objectives"].value | {"noisy_nodes": {"sigma": 0.02, "separate_branch": False}}, _NODES
+    ),
+}
+
 PRESETS: dict[str, dict[str, Sourced]] = {
     "md17_paper": _MD17_PAPER,
+    "md17_frad": _MD17_FRAD,
+    "md17_slide": _MD17_FRAD | {"lr": Sourced(5e-4, _SLIDE + "; otherwise Frad's recipe, also its objective")},
+    "md17_dens": _MD17_DENS,
+    "md17_geossl": _MD17_GEOSSL,
+    "qm9_noisy_nodes": _QM9_NOISY_NODES,
     "md17_paper_1_100": _MD17_PAPER | {"force_weight": Sourced(100.0, "NDeM, CVPR 2026, main text: 1:100")},
     "md17_fast": _MD17_PAPER
     | {

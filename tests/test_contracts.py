@@ -39,9 +39,13 @@ def name_of(value: object) -> str:
     return getattr(value, "__name__", str(value))
 
 
-def objective_pairs() -> list[tuple[str, testing.common.Probe]]:
+def objective_pairs() -> list:
     """Names and probes of all objectives."""
-    return [(name, p) for name in OBJECTIVES for p in testing.objective_probes(lookup(OBJECTIVES, name, "objective"))]
+    return [
+        pytest.param(name, probe, marks=marks_of(name))
+        for name in OBJECTIVES
+        for probe in testing.objective_probes(lookup(OBJECTIVES, name, "objective"))
+    ]
 
 
 def marks_of(name: str) -> list[pytest.MarkDecorator]:
@@ -68,7 +72,7 @@ def test_backbone(device, name, plan, probe):
 
 
 def test_needs_are_those_of_entries():
-    assert set(NEEDS) <= set(BACKBONES) | set(MODELS)
+    assert set(NEEDS) <= set(BACKBONES) | set(MODELS) | set(OBJECTIVES)
     assert missing_for("torchmd_net") is None
 
 

@@ -27,7 +27,7 @@ from ndem_zoo.models import estimator as module
 from ndem_zoo.models.torchmd_net import NDeMTorchMDNet
 from ndem_zoo.objectives.ndem import NDeMOptions
 from ndem_zoo.presets import PRESETS
-from ndem_zoo.registry import MODELS, OBJECTIVES, lookup
+from ndem_zoo.registry import MODELS, NEEDS, OBJECTIVES, lookup, missing_for
 from ndem_zoo.training import TrainSettings
 
 TINY = {"hidden_channels": 8, "num_layers": 1, "num_heads": 2, "num_rbf": 4}
@@ -194,7 +194,7 @@ def test_a_misspelt_keyword_is_an_error():
     [
         ({"objective_options": {"sigmaa": 0.1}}, "NDeM has no option 'sigmaa'; it has sigma, ratio, .*grad_main"),
         ({"backbone_options": {"layers": 3}}, "TorchMDNet has no option 'layers'; it has .*num_layers"),
-        ({"objective": "nedm"}, "there is no objective 'nedm'; there are .*ndem, noisy_nodes, supervised"),
+        ({"objective": "nedm"}, "there is no objective 'nedm'; there are .*ndem, noisy_nodes, .*supervised"),
         ({"preset": "md17"}, "there is no preset 'md17'; there are md17_paper"),
         ({"forces": "numeric"}, "forces='numeric'; allowed are gradient, direct, none"),
         ({"scale": "kcal"}, "scale='kcal'; allowed are a number in eV, 'force_rms' and 'target_std'"),
@@ -576,6 +576,9 @@ VARIANTS = {
     "direct": {"forces": "direct"},
     "double": {"precision": "64-true", "reference_energies": {"H": -13.6, 6: -1000.1, "8": -2000.2}},
     "dens": {"objective": "dens", "objective_options": {"head_width": 5}},
+    "frad": {"objective": "frad", "objective_options": {"internal": "all"}},
+    "slide": {"objective": "slide"},
+    "geossl": {"objective": "geossl", "objective_options": {"head_width": 6, "levels": 7}},
     "bf16": {"precision": "bf16-mixed"},
     "numpy": {
         "weight": np.float64(0.3),
@@ -585,11 +588,19 @@ VARIANTS = {
 }
 
 
+def needs(variant: str) -> list:
+    """Marks of a variant whose objective needs an optional module."""
+    if variant not in NEEDS:
+        return []
+    missing = missing_for(variant)
+    return [getattr(pytest.mark, NEEDS[variant]), pytest.mark.skipif(missing is not None, reason=f"needs {missing}")]
+
+
 def test_all_objectives_are_saved():
     assert {options.get("objective", "ndem") for options in VARIANTS.values()} == set(OBJECTIVES)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param(name, marks=needs(name)) for name in VARIANTS])
 def test_loaded_is_saved_bit_for_bit(train_set, test_set, tmp_path, variant):
     model = estimator(**VARIANTS[variant]).fit(train_set, test_set)
     model.save(tmp_path / "model")

@@ -197,7 +197,9 @@ def test_boltzmann_constants_are_part_of_the_saved_objective():
 def test_boltzmann_constants_need_finite_forces():
     case = ObjectiveCase.of("ndem", {"target": "boltzmann"})
     columns = columns_of(case.batch())
-    columns.targets["forces"][3, 1] = np.nan
+    forces = columns.targets["forces"].copy()
+    forces[3, 1] = np.nan
+    columns.targets["forces"] = forces
     with pytest.raises(DataError, match="atom 3"):
         NDeM(options=case.options).build(case.backbone.potential(), columns)
 
@@ -313,7 +315,7 @@ def test_impossible_noisy_nodes():
 # ---------------------------------------------------------------------------------------------------------- fixed atoms
 
 
-@pytest.mark.parametrize("name", ["supervised", "ndem", "noisy_nodes", "dens"])
+@pytest.mark.parametrize("name", ["supervised", "ndem", "noisy_nodes", "dens", "frad", "slide", "geossl"])
 def test_fixed_atoms_have_no_say(name):
     """Neither their labels nor what heads say of them count; they are not moved either."""
     case = ObjectiveCase.of(name)

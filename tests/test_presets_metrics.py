@@ -57,6 +57,21 @@ def test_the_conflict_between_text_and_table_is_a_preset_of_its_own():
     assert "1:100" in PRESETS["md17_paper"]["force_weight"].source
 
 
+def test_recipes_of_the_rivals():
+    """Spot checks against their code; errors in kcal/mol, and the ratios that the authors state in another form."""
+    frad, slide, dens, geossl = (preset_values(f"md17_{name}") for name in ("frad", "slide", "dens", "geossl"))
+    assert frad["scale"] == geossl["scale"] == pytest.approx(KCAL_IN_EV, rel=1e-6)
+    assert frad["force_weight"] / frad["energy_weight"] == pytest.approx(0.8 / (0.2 * 0.05))
+    assert {name for name in frad if frad[name] != slide[name]} == {"lr"}
+    assert frad["objectives"]["frad"]["sigma"] == 0.005
+    assert frad["objectives"]["frad"]["rotor_sigma"] == 20
+    assert dens["warmup_steps"] == 10 * math.ceil(950 / dens["batch_size"])
+    assert dens["warmup_factor"] * dens["lr"] == pytest.approx(1e-6)
+    assert (dens["force_weight"], dens["weight"], dens["weight_schedule"]) == (80, 5, "decay")
+    assert (geossl["energy_weight"], geossl["force_weight"], geossl["loss"]) == (0.05, 0.95, "l1")
+    assert preset_values("qm9_noisy_nodes")["objectives"]["noisy_nodes"]["sigma"] == 0.02
+
+
 def test_every_number_has_a_source():
     for preset in PRESETS.values():
         for name, entry in preset.items():

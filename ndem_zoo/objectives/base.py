@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Integral, Real  # numpy's numbers too
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch
 from ndem_zoo.models.potential import Potential, Prediction
-from ndem_zoo.noise import Noise, SigmaPer, SigmaSample, masked_gaussian
+from ndem_zoo.noise import Noise, SigmaPer, SigmaSample, gaussian, masked_gaussian
 from ndem_zoo.physics import safe_norm
+
+if TYPE_CHECKING:
+    from ndem_zoo.datasets.base import MolecularDataset
 
 Loss = Literal["mse", "l1", "smooth_l1", "l2mae"]
 WeightSchedule = Literal["constant", "decay", "warmup"]
@@ -32,7 +35,8 @@ def _l2(error: Tensor, zero: Tensor, reduction: str) -> Tensor:
     return safe_norm(error) if error.dim() > 1 else error.abs()
 
 
-_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "l2mae": _l2}
+#: Losses of errors and zeros, by name.
+LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "l2mae": _l2}
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class SupervisedLoss:
 
         `counts` (N,) says whose forces count; default: everybody's.
         """
-        loss = _LOSSES[self.loss]
+        loss = LOSSES[self.loss]
         found = {}
         for name, error in errors.items():
             each = loss(error, torch.zeros_like(error), reduction="none")
@@ -153,6 +157,11 @@ class NoiseOptions:
         """The batch with atoms moved, its edges complete up to `cutoff` Å, and what was done; see `masked_gaussian`."""
         how = {"sample": self.sigma_sample, "per": self.sigma_per, "reuse_edges": self.reuse_edges, **options}
         return masked_gaussian(batch, rng, cutoff=cutoff, sigma=self.sigma, ratio=self.ratio, **how)
+
+    def draw(self, batch: Batch, rng: torch.Generator) -> Noise:
+        """The noise alone, with nothing moved; see `gaussian`."""
+        how = {"sample": self.sigma_sample, "per": self.sigma_per}
+        return gaussian(batch, rng, sigma=self.sigma, ratio=self.ratio, **how)
 
 
 class Objective(nn.Module, ABC):
@@ -209,6 +218,18 @@ class Objective(nn.Module, ABC):
     def requires(self) -> frozenset[str]:
         """Labels that must be present; checked before the first step."""
         return self.supervised.requires | self.extra_requirements
+
+    def prepare(self, dataset: MolecularDataset) -> MolecularDataset:
+        """The dataset with what the objective needs besides labels, such as bonds; here: as it is.
+
+        Estimators call it for training and validation data, before they check the labels; nothing is built yet.
+
+        Raises
+        ------
+        DataError
+            If the structures cannot have what is needed.
+        """
+        return dataset
 
     def build(self, potential: Potential, dataset: Any = None) -> None:
         """Make what belongs to the objective alone: once, before the first step.

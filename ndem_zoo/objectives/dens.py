@@ -15,7 +15,17 @@ from torch import Tensor
 
 from ndem_zoo.graph import Batch
 from ndem_zoo.models.potential import Potential
-from ndem_zoo.objectives.base import NoiseOptions, Objective, check_ratio, check_whole, mean_of_rows
+from ndem_zoo.noise import SigmaPer
+from ndem_zoo.objectives.base import (
+    LOSSES,
+    Loss,
+    NoiseOptions,
+    Objective,
+    check_choice,
+    check_ratio,
+    check_whole,
+    mean_of_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -27,18 +37,27 @@ class DeNSOptions(NoiseOptions):
     ratio
         Fraction of the atoms of a corrupted structure that is moved (MD17: 0.25; OC20-2M: 0.5).
     probability
-        That a structure is corrupted (MD17: 0.25; OC20-2M: 0.5, drawn there for a whole batch).
+        That a structure is corrupted (MD17: 0.25; OC20-2M: 0.5).
+    probability_per
+        Whether that is drawn for each ``"structure"`` (MD17) or for the whole ``"batch"`` (OC20).
+    denoising_loss
+        Form of the denoising term, one of those of `SupervisedLoss`: ``"mse"``, of the components; DeNS itself has
+        ``"l2mae"``, lengths of the errors. Choice: as in the other objectives, so that weights compare.
     head_width
         Channels inside the denoising head; None: those of the backbone's other heads.
     """
 
     ratio: float = 0.25
     probability: float = 0.25
+    probability_per: SigmaPer = "structure"
+    denoising_loss: Loss = "mse"
     head_width: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ratio(self.probability, "probability")
+        check_choice("probability_per", self.probability_per, SigmaPer)
+        check_choice("denoising_loss", self.denoising_loss, Loss)
         if self.head_width is not None:
             check_whole("head_width", self.head_width, 1)
 
@@ -46,7 +65,8 @@ class DeNSOptions(NoiseOptions):
 class DeNS(Objective):
     """Energies of all structures, forces on the atoms that were not moved, and the noise on those that were.
 
-    There is one pass: moved atoms have no force label, since their forces are known before the noise only.
+    There is one pass: moved atoms have no force label, since their forces are known before the noise only. Noise is in
+    units of the sigma that it was drawn with; the authors' code divides by the largest one of a range.
     """
 
     Options: ClassVar[type] = DeNSOptions
@@ -63,12 +83,13 @@ class DeNS(Objective):
         weight, need_forces = self.current_weight(), self.supervised.force_weight > 0
         if weight == 0:
             return self.supervised.terms(potential(batch, need_forces=need_forces), batch, potential.scale)
-        noisy, noise = self.options.displace(
-            batch, rng, potential.backbone.cutoff, probability=self.options.probability
-        )
+        options = self.options
+        corrupted = {"probability": options.probability, "probability_per": options.probability_per}
+        noisy, noise = options.displace(batch, rng, potential.backbone.cutoff, **corrupted)
         forces = batch.targets["forces"].to(batch.pos.dtype) * noise.mask.unsqueeze(-1)
         prediction = potential(noisy, node_vectors=forces, need_forces=need_forces)
         counts = ~(noise.mask | batch.fixed)
         terms = self.supervised.terms(prediction, batch, potential.scale, counts)
         residual = self.noise_head(prediction.features, noisy) - noise.epsilon / noise.sigma
-        return terms | {"denoising": weight * mean_of_rows(residual.square(), noise.mask)}
+        errors = LOSSES[options.denoising_loss](residual, torch.zeros_like(residual), reduction="none")
+        return terms | {"denoising": weight * mean_of_rows(errors, noise.mask)}
