@@ -25,15 +25,20 @@ def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str
     data, resolved = config["training_data"], config["resolved"]
     target = resolved["supervised"]["target"]
     unit = property_of(target).unit
+    is_pretrained = bool(resolved.get("pretraining"))
     lines = [
         f"# {config['model']}",
         "",
         f"Written by ndem_zoo {config['ndem_zoo']}. Load it with `ndem_zoo.{config['model']}.load(folder)`.",
+        *(
+            ["", "**Pre-trained without labels: it predicts no energies. Fine-tune it: `fit(..., init_from=folder)`.**"]
+            * is_pretrained
+        ),
         "",
         f"- Backbone: {resolved['backbone']['name']}, {n_parameters:,} parameters",
         f"- Objective: {resolved['objective']['name']}, weight {resolved['objective']['weight']}",
         f"- Target: {target}{f' ({unit})' if unit else ''}; forces: {resolved['forces']}; energies in eV, forces in eV/Å, positions in Å",
-        f"- Trained on: {data['name'] or 'unnamed data'}, {data['n_train']} structures, {data['n_valid']} for validation",
+        f"- {'Pre-trained' if is_pretrained else 'Trained'} on: {data['name'] or 'unnamed data'}, {data['n_train']} structures, {data['n_valid']} for validation",
         f"- Hash of the training structures: {data['split_hash']}",
         f"- Elements: {', '.join(config['reference'])}",
         "",
@@ -47,5 +52,6 @@ def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str
         best = min(judged, key=lambda row: row["valid_loss"])
         names = [name for name in best if name.startswith("valid_") and name.endswith("_mae")]
         errors = ", ".join(f"{name} {best[name]:.6g} {unit_of(name.removeprefix('valid_'))}".rstrip() for name in names)
+        errors = errors or f"valid_loss {best['valid_loss']:.6g}"
         lines += ["", f"Best validation (step {int(best['step'])} of {int(history[-1]['step'])}): {errors}"]
     return "\n".join(lines) + "\n"
