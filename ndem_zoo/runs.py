@@ -443,7 +443,7 @@ def run_record(model: NDeMModel, splits: Splits, command: str = "") -> dict[str,
         "objective": resolved["objective"]["name"],
         "weight": resolved["objective"]["weight"],
         "pretraining": resolved["pretraining"],
-        "init_from": None if model.init_report_ is None else str(model.init_report_),
+        "init_from": str(model.init_report_) if getattr(model, "init_report_", None) is not None else None,
         "n_parameters": model.potential_.n_parameters,
         "data": {"source": splits.source, "name": splits.train.name, "seed": splits.seed} | sizes,
         "training": {

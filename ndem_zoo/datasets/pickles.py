@@ -395,9 +395,9 @@ class _Archive:
         roots = [m.filename.removesuffix("data.pkl") for m in members if m.filename.endswith("/data.pkl")]
         if len(roots) != 1 or roots[0].count("/") != 1:
             raise FileFormatError(f"has {len(roots)} parts named data.pkl; a file of torch has one")
-        self.archive, self.root = archive, roots[0]
+        self.archive, self.root, self.parts = archive, roots[0], frozenset(archive.namelist())
         order = f"{self.root}byteorder"
-        if order in archive.namelist() and archive.read(order) != b"little":
+        if order in self.parts and archive.read(order) != b"little":
             raise FileFormatError("has numbers that are not little-endian")
         self.storages: dict[str, np.ndarray] = {}
 
@@ -416,6 +416,7 @@ class _Archive:
         )
         makers = {"_rebuild_tensor": self.tensor, "_rebuild_tensor_v2": self.tensor, "_rebuild_parameter": _first}
         known |= {("torch._utils", name): _Name(f"torch._utils.{name}", call) for name, call in makers.items()}
+        known["_codecs", "encode"] = _Name("_codecs.encode", _bytes)
         return known
 
     def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> np.ndarray:
@@ -431,11 +432,21 @@ class _Archive:
         if dtype is None or not isinstance(key, str) or not _is_count(count):
             raise FileFormatError(f"has a tensor whose storage is a {kind.name[:100]}")
         if key not in self.storages:
-            raw = self.archive.read(f"{self.root}data/{key}")
+            part = f"{self.root}data/{key}"
+            if part not in self.parts:
+                raise FileFormatError(f"lacks its part {part[:200]!r}, the numbers of a tensor")
+            raw = self.archive.read(part)
             self.storages[key] = _numbers(count.to_bytes(8, "little") + raw, 0, count, dtype)
         if len(self.storages[key]) != count:
             raise FileFormatError("has a storage of two sizes")
         return self.storages[key]
+
+
+def _bytes(text: Any, encoding: Any) -> bytes:
+    """Bytes, which protocol 2 of pickle writes as text."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise FileFormatError("has bytes that are not written as text in latin1")
+    return text.encode("latin1")
 
 
 def _first(value: Any, *others: Any) -> Any:
@@ -549,7 +560,7 @@ class _Machine:
         if not isinstance(function, _Name) or function.call is None or not isinstance(arguments, tuple):
             what = function.name if isinstance(function, _Name) else type(function).__name__
             raise FileFormatError(f"calls {what}, which cannot be called")
-        self.budget -= sum(len(item) for item in arguments if isinstance(item, bytes))
+        self.budget -= sum(len(item) for item in arguments if isinstance(item, (bytes, str)))
         if self.budget < 0:
             raise FileFormatError("makes the same tensors over and over")
         self.stack.append(function.call(*arguments))

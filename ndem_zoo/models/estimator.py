@@ -541,6 +541,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             objective.build(potential, train_set)
         self.init_report_ = None
         if start is not None:
+            if resolved["settings"]["precision"] == "64-true":
+                potential, objective = potential.double(), objective.double()  # or the weights would be rounded
             how = {"partial": partial, "keep_scale": self.scale is not None}
             self.init_report_ = begin(start, potential, objective, resolved["backbone"], **how)
         self.resolved_ = resolved
