@@ -132,11 +132,9 @@ def table(record: dict[str, Any], runs: list[dict[str, Any]]) -> str:
                 continue
             scratch = _errors(runs, n_train, name, "scratch") if start == "pretrained" else {}
             plain = _errors(runs, n_train, "supervised", start) if name != "supervised" else {}
-            energy = list(_errors(runs, n_train, name, start, "energy_mae_kcal").values())
-            lines.append(
-                f"| {name} | {start} | {len(found)} | {statistics.mean(found.values()):.4f} ± {_spread(list(found.values())):.4f} | "
-                f"{_difference(found, scratch)} | {_difference(found, plain)} | {statistics.mean(energy):.4f} ± {_spread(energy):.4f} |"
-            )
+            energy = _errors(runs, n_train, name, start, "energy_mae_kcal")
+            cells = (_mean(found), _difference(found, scratch), _difference(found, plain), _mean(energy))
+            lines.append(f"| {name} | {start} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -148,6 +146,12 @@ def _errors(
     return {r["seed"]: r["test"][metric] for r in runs if (r["n_train"], r["objective"], r["start"]) == chosen}
 
 
+def _mean(found: dict[int, float]) -> str:
+    """Mean, and the spread where there are several seeds."""
+    values = list(found.values())
+    return f"{statistics.mean(values):.4f}" + (f" ± {_spread(values):.4f}" if len(values) > 1 else "")
+
+
 def _difference(found: dict[int, float], base: dict[int, float]) -> str:
     """Mean paired difference in percent of the base, and with its standard error."""
     seeds = sorted(set(found) & set(base))
@@ -155,7 +159,8 @@ def _difference(found: dict[int, float], base: dict[int, float]) -> str:
         return ""
     pairs = [found[seed] - base[seed] for seed in seeds]
     relative = 100 * sum(pairs) / sum(base[seed] for seed in seeds)
-    return f"{relative:+.1f} % ({statistics.mean(pairs):+.4f} ± {_error(pairs):.4f})"
+    error = f" ± {_error(pairs):.4f}" if len(pairs) > 1 else ""
+    return f"{relative:+.1f} % ({statistics.mean(pairs):+.4f}{error})"
 
 
 def main() -> None:
