@@ -378,6 +378,17 @@ def test_compressed_archives_are_refused(frad, tmp_path):
         import_checkpoint(rewritten(frad, tmp_path / "bad.ckpt", lambda n, c: c, zipfile.ZIP_DEFLATED))
 
 
+def test_a_small_file_does_not_fill_the_memory(tmp_path):
+    """Bytes of 100 kB, made a hundred thousand times: 10 GB from a file of a megabyte."""
+    text = b"X" + (100_000).to_bytes(4, "little") + b"a" * 100_000
+    arguments = text + b"X\x06\x00\x00\x00latin1\x86q\x02"
+    pickled = b"\x80\x02]c_codecs\nencode\nq\x00" + arguments + b"R" + b"h\x00h\x02R" * 100_000 + b"."
+    with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+    with pytest.raises(FileFormatError, match="over and over"):
+        import_checkpoint(tmp_path / "bomb.ckpt")
+
+
 def test_old_format_and_other_files(tmp_path):
     torch.save(weights(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "text.ckpt").write_text("no checkpoint")
