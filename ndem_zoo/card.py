@@ -38,7 +38,7 @@ def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str
     )
     sections = {
         "Model": _model(config, n_parameters, shift),
-        "Data": _data(config["training_data"]),
+        "Data": _data(config["training_data"], bool(config["resolved"].get("pretraining"))),
         "Errors": _errors(config, history),
         "Limits": _limits(config["training_data"]),
         "Training": _training(config, history),
@@ -47,6 +47,10 @@ def model_card(config: dict[str, Any], n_parameters: int, history: list[dict[str
         "To cite": _citation(config),
     }
     parts = [f"# {config['model']}", head]
+    if config["resolved"].get("pretraining"):
+        parts.append(
+            "**Pre-trained without labels: it predicts no energies. Fine-tune it: `fit(..., init_from=folder)`.**"
+        )
     for title, lines in sections.items():
         parts += [f"## {title}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
@@ -69,12 +73,13 @@ def _model(config: Mapping[str, Any], n_parameters: int, shift: float) -> list[s
     ]
 
 
-def _data(data: Mapping[str, Any]) -> list[str]:
+def _data(data: Mapping[str, Any], is_pretrained: bool) -> list[str]:
     """What was learned from."""
+    verb = "Pre-trained" if is_pretrained else "Trained"
     source = data.get("source") or {}
     units = ", ".join(f"{name} {unit}" for name, unit in source.get("units", {}).items())
     lines = [
-        f"- Trained on: {data['name'] or 'unnamed data'}, {data['n_train']} structures, {data['n_valid']} for validation",
+        f"- {verb} on: {data['name'] or 'unnamed data'}, {data['n_train']} structures, {data['n_valid']} for validation",
         f"- Source: {source.get('name') or 'not recorded: the dataset has no card'}"
         + (f", {source['homepage']}" if source.get("homepage") else ""),
         f"- Level of theory: {source.get('theory') or UNKNOWN}",
@@ -105,7 +110,8 @@ def _errors(config: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -
         found = {name.removeprefix("valid_"): value for name, value in best.items() if name.startswith("valid_")}
         columns.append((f"validation ({data['n_valid']} structures)", found))
         lines.append(
-            f"Validation: step {int(best['step'])} of {int(history[-1]['step'])} was the best, and its weights were kept."
+            f"Validation: step {int(best['step'])} of {int(history[-1]['step'])} was the best (valid_loss {best['valid_loss']:.6g}), and "
+            "its weights were kept."
         )
     evaluation = config.get("provenance", {}).get("evaluation")
     if evaluation is None:
@@ -193,7 +199,7 @@ def _training(config: Mapping[str, Any], history: Sequence[Mapping[str, float]])
     start = past.get("init_from")
     begun = "drawn from the seed"
     if start:
-        begun = f"those of a {start['model']} trained on {start['name'] or 'unnamed data'}, hash {start['split_hash']}"
+        begun = f"those of a {start['model']} trained on {start['name'] or 'unnamed data'}, hash {start['split_hash'] or UNKNOWN}"
     device = (
         f"{here['device']}; {here['processor']}, {here['cores']} cores, torch threads: {here['threads']}"
         if here

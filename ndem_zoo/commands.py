@@ -121,8 +121,18 @@ def train(
         ),
     ] = None,
     init_from: Annotated[
-        Path | None, typer.Option(help="Begin with the weights of a saved model.", metavar="DIR")
+        Path | None,
+        typer.Option(
+            help="Begin with the weights of a saved model, or of a checkpoint of TorchMD-NET, Zaidi et al., Frad, SliDe.",
+            metavar="DIR|FILE",
+        ),
     ] = None,
+    init_partial: Annotated[
+        bool, typer.Option("--init-partial", help="Take what fits from --init-from, and draw the rest.")
+    ] = False,
+    pretrain: Annotated[
+        bool, typer.Option("--pretrain", help="Learn the objective's denoising alone, on structures without labels.")
+    ] = False,
     device: Device = None,
     precision: Annotated[str | None, typer.Option(help="32-true, 64-true or bf16-mixed.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the training in --out, if there is one.")] = False,
@@ -166,9 +176,13 @@ def train(
         checkpoint_every=checkpoint_every,
         resume=resume,
         tensorboard=tensorboard,
-        init_from=None if init_from is None else runs.model_folder(init_from),
+        init_from=init_from if init_from is None or init_from.is_file() else runs.model_folder(init_from),
+        init_partial=init_partial,
+        pretrain=pretrain,
         command=shlex.join(["ndem-zoo", *sys.argv[1:]]),
     )
+    if estimator.init_report_ is not None:
+        print(estimator.init_report_)
     training = record["training"]
     print(f"{training['steps']} steps in {training['seconds']:.0f} s; everything is in {out}")
     for name in ("valid", "test"):

@@ -43,6 +43,7 @@ from ndem_zoo.optional import require
 from ndem_zoo.properties import PROPERTIES
 from ndem_zoo.sampling import Order
 from ndem_zoo.training import _content_hash
+from ndem_zoo.transfer import start_from
 
 with contextlib.suppress(ImportError):
     import_dgl()  # Pitfall: DeepChem imports DGL itself, without our guard.
@@ -526,7 +527,7 @@ class EstimatorModel(dc.models.Model):
         known = getattr(estimator, "reference_", None)
         train_set, valid_set = estimator._checked(dataset, valid, {"nb_epoch": nb_epoch}, known)
         if known is None:
-            estimator._build(train_set, self._source)
+            estimator._build(train_set, None if self._source is None else start_from(self._source))
         else:
             estimator._rebuild_objective(train_set)
         earlier = self._phase
@@ -603,8 +604,8 @@ class EstimatorModel(dc.models.Model):
         Parameters
         ----------
         source_model
-            A fitted model of this module, a fitted estimator, or the folder of a saved one; see ``init_from`` of
-            `NDeMModel.fit`.
+            A fitted model of this module, a fitted or pre-trained estimator, the folder of a saved one, or a checkpoint; see
+            ``init_from`` of `NDeMModel.fit`.
 
         Raises
         ------

@@ -361,6 +361,8 @@ def train_run(
     resume: bool = False,
     tensorboard: bool = False,
     init_from: str | os.PathLike | None = None,
+    init_partial: bool = False,
+    pretrain: bool = False,
     command: str = "",
 ) -> dict[str, Any]:
     """Train a model and leave everything about it in a folder.
@@ -378,8 +380,10 @@ def train_run(
         Data.
     out
         The folder.
-    nb_epoch, max_steps, max_time, checkpoint_every, resume, tensorboard, init_from
+    nb_epoch, max_steps, max_time, checkpoint_every, resume, tensorboard, init_from, init_partial
         See `NDeMModel.fit`.
+    pretrain
+        Whether to pre-train (`NDeMModel.pretrain`): the data need no labels, and there are no errors to write.
     command
         That would do the same again; for the record.
 
@@ -399,13 +403,14 @@ def train_run(
     out = Path(out)
     if not resume and ((out / "model").exists() or files.checkpoints(out)):
         raise ConfigError(f"{out} holds a training already: choose another folder, or resume to continue it")
-    model.fit(
+    (model.pretrain if pretrain else model.fit)(
         splits.train,
         splits.valid,
         nb_epoch=nb_epoch,
         max_steps=max_steps,
         max_time=max_time,
         init_from=init_from,
+        init_partial=init_partial,
         checkpoint_dir=out,
         checkpoint_every=checkpoint_every,
         resume=resume,
@@ -417,7 +422,8 @@ def train_run(
     model.save(out / "model")
     files.save_json(out / "split.json", splits.record())
     record = run_record(model, splits, command)
-    predictions = {name: predict_columns_of(model, part) for name, part in splits.parts().items() if name != "train"}
+    judged = {} if pretrain else {name: part for name, part in splits.parts().items() if name != "train"}
+    predictions = {name: predict_columns_of(model, part) for name, part in judged.items()}
     for name, predicted in predictions.items():
         part = splits.parts()[name]
         found = dataset_metrics(predicted, part)
@@ -441,6 +447,8 @@ def run_record(model: NDeMModel, splits: Splits, command: str = "") -> dict[str,
         "preset": model.preset,
         "objective": resolved["objective"]["name"],
         "weight": resolved["objective"]["weight"],
+        "pretraining": resolved["pretraining"],
+        "init_from": str(model.init_report_) if getattr(model, "init_report_", None) is not None else None,
         "n_parameters": model.potential_.n_parameters,
         "data": {"source": splits.source, "name": splits.train.name, "seed": splits.seed} | sizes,
         "training": {

@@ -36,7 +36,7 @@ from ndem_zoo.metrics import dataset_metrics
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative, check_whole
 from ndem_zoo.progress import Progress
-from ndem_zoo.sampling import Collator, Order, load, step_seed
+from ndem_zoo.sampling import Collator, Order, load, size_batches, step_seed
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
@@ -236,7 +236,9 @@ class Run:
         self.trainable = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(decay_groups(module, settings.weight_decay), lr=settings.lr, **_fused(device))
         self.module, self.optimizer = self.fabric.setup(module, optimizer)
-        self.ema = WeightAverage(potential, settings.ema_decay) if settings.ema_decay else None
+        # Without labels the denoising head is what was learned, too: it is averaged and kept with the backbone.
+        self.kept = potential if objective.supervised.has_terms else module
+        self.ema = WeightAverage(self.kept, settings.ema_decay) if settings.ema_decay else None
         self.rng = torch.Generator(device=device)
         self.state, self.sums, self.best = State(), {}, None
         self.order = Order(
@@ -248,9 +250,9 @@ class Run:
         )
 
     @property
-    def evaluated(self) -> Potential:
-        """The potential that is validated and kept: the averaged one, if there is an average."""
-        return self.potential if self.ema is None else self.ema.module
+    def evaluated(self) -> nn.Module:
+        """What is validated and kept, averaged if there is an average: the potential; in pre-training a `TrainStep`."""
+        return self.kept if self.ema is None else self.ema.module
 
     @property
     def epochs(self) -> float:
@@ -324,7 +326,7 @@ class Run:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.update_parameters(self.potential)
+            self.ema.update_parameters(self.kept)
 
     def validate(self) -> dict[str, float]:
         """Finish a row of the history: average the training terms, look at the validation data, keep the best.
@@ -341,11 +343,18 @@ class Run:
         self.check_finite(row)
         self.sums, state.summed_steps = {}, 0
         if self.valid_set is not None:
-            row |= validation_metrics(self.evaluated, self.objective, self.valid_set, self.settings.eval_batch_size)
+            row |= self.validation()
             self.check_finite(row)
         self._judge(row.get("valid_loss", row["train_loss"]), has_validation=self.valid_set is not None)
         state.history.append(row)
         return row
+
+    def validation(self) -> dict[str, float]:
+        """Loss and errors on the validation data, named ``valid_...``."""
+        batch_size = self.settings.eval_batch_size
+        if self.objective.supervised.has_terms:
+            return validation_metrics(self.evaluated, self.objective, self.valid_set, batch_size)
+        return denoising_metrics(self.evaluated, self.valid_set, batch_size)
 
     def check_finite(self, values: dict[str, float]) -> None:
         """Raise TrainingError unless these values and all weights are finite."""
@@ -392,7 +401,7 @@ class Run:
     def finish(self) -> None:
         """Leave the best weights in the potential; where nothing was validated, the last."""
         best = self.evaluated.state_dict() if self.best is None else self.best
-        self.potential.load_state_dict(best)
+        self.kept.load_state_dict(best)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -599,6 +608,27 @@ def validation_metrics(
     return {"valid_loss": float(sum(terms.values()))} | {f"valid_{k}": metrics[k] for k in kept if k in metrics}
 
 
+def denoising_metrics(step: TrainStep, dataset: MolecularDataset, batch_size: int) -> dict[str, float]:
+    """Terms of an objective that needs no labels, on validation data, named ``valid_...``; always with the same noise."""
+    potential, parameter = step.potential, next(step.parameters())
+    place = {"nearest": potential.backbone.nearest}
+    order = size_batches(dataset, batch_size, potential.backbone.cutoff, **place)
+    place |= {"device": parameter.device}
+    collate = Collator(dataset, potential.backbone.cutoff, parameter.dtype, with_targets=False, **place)
+    rng = torch.Generator(device=parameter.device).manual_seed(0)
+    was_training, sums = step.training, {}
+    step.eval()
+    try:
+        with torch.no_grad(), contextlib.closing(load(collate, order)) as batches:
+            for batch in batches:
+                for name, term in step.objective(potential, batch, rng).items():
+                    sums[name] = sums.get(name, 0.0) + term.double() * len(batch.z)  # terms are means over atoms
+    finally:
+        step.train(was_training)
+    means = {name: float(total) / len(dataset.z) for name, total in sums.items()}
+    return {"valid_loss": sum(means.values())} | {f"valid_{name}": mean for name, mean in means.items()}
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a flag; a second one acts as usual. Outside the main thread nothing is changed."""
@@ -657,14 +687,14 @@ def _fused(device: torch.device) -> dict[str, bool]:
 
 
 class WeightAverage(AveragedModel):
-    """Exponential average of a potential's weights.
+    """Exponential average of a network's weights.
 
     The decay rises as min(decay, (1 + t) / (10 + t)) (Godwin et al., ICLR 2022), so that short trainings do not end in
     an average that still remembers the first draw.
     """
 
-    def __init__(self, potential: Potential, decay: float) -> None:
-        super().__init__(potential)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
         self.decay = decay
 
     @torch.no_grad()

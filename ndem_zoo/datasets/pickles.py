@@ -1,4 +1,4 @@
-"""Pickled PyG records, read as data: a pickle machine of our own that can call nothing.
+"""Pickled PyG records and torch's files, read as data: a pickle machine of our own that can call nothing.
 
 Legacy OC20 files are pickles of `torch_geometric` objects, whose tensors are pickles inside of pickles. Python's `pickle`
 and `torch.load` execute what such files say; this machine knows the names of `ALLOWED` only, gives them its own inert
@@ -8,8 +8,11 @@ meaning, calls nothing of torch, numpy or PyG, and checks each size against the 
 
 from __future__ import annotations
 
+import os
 import struct
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,6 +66,16 @@ class Record:
     def __init__(self, name: str) -> None:
         self.name = name
         self.fields: dict[str, Any] = {}
+
+
+class DictRecord(Record):
+    """An object of a class that may be a dict, of which only items and fields are left; what it was made of is not kept."""
+
+    __slots__ = ("entries",)
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.entries: dict[Any, Any] = {}
 
 
 class _Name:
@@ -306,6 +319,141 @@ def read_plain(data: bytes) -> Any:
     return value
 
 
+#: Libraries whose classes appear in checkpoints of trainings: they become a `DictRecord`, whatever they are.
+_TRAINERS = ("pytorch_lightning", "lightning", "lightning_fabric", "torchmdnet", "torchmetrics", "omegaconf", "pathlib")
+
+#: The same for single names, by module.
+_INERT: dict[str, tuple[str, ...]] = {
+    "argparse": ("Namespace",),
+    "collections": ("OrderedDict", "defaultdict", "Counter", "deque"),
+    "torch": ("Size", "device", *(f"{kind}{bits}" for kind in ("float", "int", "uint") for bits in (8, 16, 32, 64))),
+    **dict.fromkeys(
+        ("builtins", "__builtin__"), ("dict", "list", "tuple", "set", "frozenset", "int", "float", "bool", "str")
+    ),
+}
+
+
+class _ArchiveNames(dict):
+    """What a file of torch may mention: tensors, numpy's numbers, and classes of trainers, which become records."""
+
+    def get(self, key: tuple[str, str], default: Any = None) -> Any:
+        """The meaning of a name; None if it is not allowed."""
+        found = super().get(key)
+        module, name = key
+        is_inert = module.partition(".")[0] in _TRAINERS or module.startswith("torch.optim.")
+        if found is None and (is_inert or name in _INERT.get(module, ())):
+            title = f"{module}.{name}"
+            found = self[key] = _Name(title, lambda *arguments: DictRecord(title))
+        return found
+
+
+def read_torch_file(path: str | os.PathLike) -> Any:
+    """The object in a file that `torch.save` wrote, without torch and without executing anything that is in it.
+
+    Parameters
+    ----------
+    path
+        A file of torch's zip format (torch 1.6 and later).
+
+    Returns
+    -------
+    value
+        Tensors as read-only numpy arrays (bfloat16 widened to float32), ordered dicts and objects of trainers as `DictRecord`,
+        the rest as Python's own.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    FileFormatError
+        If it is no such file, is truncated, claims sizes that are not there, or mentions a name that data do not need.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _Archive(archive, path.stat().st_size).read()
+    except FileFormatError as error:
+        raise FileFormatError(f"{path} {error}") from error
+    except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
+        raise FileFormatError(
+            f"{path} is damaged, or no zip file as torch 1.6 and later write it ({error}); what an older torch wrote has to be "
+            "loaded and saved again there"
+        ) from error
+
+
+class _Archive:
+    """An open file of torch: one pickle, and the numbers of its tensors in parts of their own."""
+
+    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
+        members = archive.infolist()
+        # Without compression and overlap nothing is larger in memory than on the disk.
+        is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not is_stored or sum(member.file_size for member in members) > size:
+            raise FileFormatError("has compressed or overlapping parts, which torch does not write")
+        roots = [m.filename.removesuffix("data.pkl") for m in members if m.filename.endswith("/data.pkl")]
+        if len(roots) != 1 or roots[0].count("/") != 1:
+            raise FileFormatError(f"has {len(roots)} parts named data.pkl; a file of torch has one")
+        self.archive, self.root, self.parts = archive, roots[0], frozenset(archive.namelist())
+        order = f"{self.root}byteorder"
+        if order in self.parts and archive.read(order) != b"little":
+            raise FileFormatError("has numbers that are not little-endian")
+        self.storages: dict[str, np.ndarray] = {}
+
+    def read(self) -> Any:
+        """The object."""
+        pickled = self.archive.read(f"{self.root}data.pkl")
+        value, end = _Machine(pickled, self.names(), persistent=True).run(0)
+        if end != len(pickled):
+            raise FileFormatError(f"has {len(pickled) - end} bytes behind the end of its pickle")
+        return value
+
+    def names(self) -> _ArchiveNames:
+        """What the pickle may mention."""
+        known = _ArchiveNames(
+            {key: name for key, name in ALLOWED.items() if key[0].startswith("numpy")} | _STORAGE_NAMES
+        )
+        makers = {"_rebuild_tensor": self.tensor, "_rebuild_tensor_v2": self.tensor, "_rebuild_parameter": _first}
+        known |= {("torch._utils", name): _Name(f"torch._utils.{name}", call) for name, call in makers.items()}
+        known["_codecs", "encode"] = _Name("_codecs.encode", _bytes)
+        return known
+
+    def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> np.ndarray:
+        """A view of a storage."""
+        return _tensor(self.storage(storage), offset, size, stride)
+
+    def storage(self, found: Any) -> np.ndarray:
+        """The numbers that a persistent id names."""
+        if not isinstance(found, tuple) or len(found) != 5 or found[0] != "storage" or not isinstance(found[1], _Name):
+            raise FileFormatError("has a tensor without a storage")
+        _, kind, key, _, count = found
+        dtype = _STORAGES.get(tuple(kind.name.rsplit(".", 1)))
+        if dtype is None or not isinstance(key, str) or not _is_count(count):
+            raise FileFormatError(f"has a tensor whose storage is a {kind.name[:100]}")
+        if key not in self.storages:
+            part = f"{self.root}data/{key}"
+            if part not in self.parts:
+                raise FileFormatError(f"lacks its part {part[:200]!r}, the numbers of a tensor")
+            raw = self.archive.read(part)
+            self.storages[key] = _numbers(count.to_bytes(8, "little") + raw, 0, count, dtype)
+        if len(self.storages[key]) != count:
+            raise FileFormatError("has a storage of two sizes")
+        return self.storages[key]
+
+
+def _bytes(text: Any, encoding: Any) -> bytes:
+    """Bytes, which protocol 2 of pickle writes as text."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise FileFormatError("has bytes that are not written as text in latin1")
+    return text.encode("latin1")
+
+
+def _first(value: Any, *others: Any) -> Any:
+    """A parameter is its tensor."""
+    return value
+
+
 class _Machine:
     """Executes pickle's instructions, as far as they make data.
 
@@ -412,7 +560,7 @@ class _Machine:
         if not isinstance(function, _Name) or function.call is None or not isinstance(arguments, tuple):
             what = function.name if isinstance(function, _Name) else type(function).__name__
             raise FileFormatError(f"calls {what}, which cannot be called")
-        self.budget -= sum(len(item) for item in arguments if isinstance(item, bytes))
+        self.budget -= sum(len(item) for item in arguments if isinstance(item, (bytes, str)))
         if self.budget < 0:
             raise FileFormatError("makes the same tensors over and over")
         self.stack.append(function.call(*arguments))
@@ -421,22 +569,25 @@ class _Machine:
         """Set the state of one of our own objects."""
         state, target = self.pop(), self.stack[-1]
         if isinstance(target, Record):
-            if not isinstance(state, dict):
+            if not isinstance(state, dict) and not isinstance(target, DictRecord):
                 raise FileFormatError(f"has a {target.name} whose state is no dict")
-            target.fields.update(state)
+            target.fields.update(state if isinstance(state, dict) else {})
         elif isinstance(target, (_Dtype, _Array)):
             target.set_state(state)
         else:
             raise FileFormatError(f"sets the state of a {type(target).__name__}, which has none")
 
     def set_items(self, target: Any, items: list[Any]) -> None:
+        target = target.entries if isinstance(target, DictRecord) else target
         if type(target) is not dict or len(items) % 2:
             raise FileFormatError(f"sets items of a {type(target).__name__}")
-        if not all(isinstance(key, _KEYS) for key in items[::2]):
+        if not all(isinstance(key, (*_KEYS, _Name)) for key in items[::2]):
             raise FileFormatError("has a dict with keys that are neither text nor numbers")
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def append_all(self, target: Any, items: list[Any]) -> None:
+        if isinstance(target, DictRecord):
+            return
         if type(target) is not list:
             raise FileFormatError(f"appends to a {type(target).__name__}")
         target.extend(items)

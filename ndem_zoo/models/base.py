@@ -41,7 +41,15 @@ class Features(NamedTuple):
 
 
 class Head(nn.Module, ABC):
-    """Turns features into one number or one vector per atom."""
+    """Turns features into one number or one vector per atom.
+
+    Attributes
+    ----------
+    sign_weights : tuple of str
+        Weights of a vector head that its output is linear in: negating them negates it. Empty: not known.
+    """
+
+    sign_weights: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def forward(self, features: Features, batch: Batch) -> Tensor:
@@ -78,6 +86,8 @@ class Backbone(nn.Module, ABC):
     mirror: ClassVar[bool] = True
     rng: torch.Generator | None = None
     tiny: ClassVar[dict[str, Any]]
+    #: Options in which a network may differ from the one whose weights it begins with.
+    free_options: ClassVar[frozenset[str]] = frozenset({"encode_vectors"})
     #: Whether several networks can be run in one pass by `torch.func` (`Ensemble`).
     can_be_stacked: ClassVar[bool] = True
     #: Published sets of options by name; `from_preset` and the option ``preset`` of an estimator take them.

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,11 +31,15 @@ from ndem_zoo.inference import predict_columns
 from ndem_zoo.metrics import dataset_metrics
 from ndem_zoo.models.base import Backbone, options_of
 from ndem_zoo.models.potential import EXTENT, Potential
-from ndem_zoo.objectives.base import Objective, SupervisedLoss
+from ndem_zoo.objectives.base import NoLabels, Objective, SupervisedLoss
 from ndem_zoo.physics import MAX_Z, fit_reference_energies
 from ndem_zoo.presets import preset_values
 from ndem_zoo.properties import property_of
 from ndem_zoo.training import TrainSettings, seeded, train
+from ndem_zoo.transfer import Start, begin, start_from
+
+if TYPE_CHECKING:
+    from ndem_zoo.foreign import Imported
 
 #: Version of the layout of a saved model's folder.
 FORMAT = 2
@@ -122,6 +126,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         All settings after the preset was applied.
     training_data_, provenance_ : dict
         What was learned from; versions, machine and the last `evaluate`. See `ndem_zoo.provenance`.
+    init_report_ : ndem_zoo.transfer.Report or None
+        What became of the weights that the last `fit` or `pretrain` began with; print it.
     """
 
     backbone_name: ClassVar[str]
@@ -218,7 +224,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         nb_epoch: int | None = None,
         max_steps: int | None = None,
         max_time: float | None = None,
-        init_from: str | os.PathLike | NDeMModel | None = None,
+        init_from: str | os.PathLike | NDeMModel | Imported | None = None,
+        init_partial: bool = False,
         checkpoint_dir: str | os.PathLike | None = None,
         checkpoint_every: int | None = None,
         resume: bool = False,
@@ -236,8 +243,12 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             Limits on passes over the data, steps and seconds; training ends with the first that is reached. Given any
             of them, those of the constructor and preset do not hold.
         init_from
-            A fitted or saved model whose backbone, energy and force heads are the starting point, and whose scale is
-            kept unless the keyword `scale` is given.
+            Where the weights begin. A fitted model, or the folder of a saved one: its backbone, energy and force heads,
+            and its scale, unless the keyword `scale` is given. A pre-trained model (`pretrain`), its folder, or a checkpoint
+            of TorchMD-NET's relatives (`ndem_zoo.foreign`): its backbone, and its denoising head where the objective has
+            one of that shape. What became of each weight is in `init_report_`.
+        init_partial
+            Take what fits from a network with other options. False: every weight of the backbone must fit.
         checkpoint_dir
             Folder for ``history.csv`` and checkpoints.
         checkpoint_every
@@ -263,18 +274,94 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             If the training diverges.
         """
         limits = {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time}
-        train_set, valid_set = self._checked(dataset, valid, limits, known=None)
-        self._build(train_set, init_from)
-        return self._train(
-            train_set,
-            valid_set,
+        return self._train_anew(
+            dataset,
+            valid,
             limits,
+            init_from,
+            init_partial,
             directory=None if checkpoint_dir is None else Path(checkpoint_dir),
             checkpoint_every=checkpoint_every,
             resume=resume,
             tensorboard=tensorboard,
             callback=callback,
         )
+
+    def pretrain(
+        self,
+        dataset: Any,
+        valid: Any = None,
+        *,
+        nb_epoch: int | None = None,
+        max_steps: int | None = None,
+        max_time: float | None = None,
+        init_from: str | os.PathLike | NDeMModel | Imported | None = None,
+        init_partial: bool = False,
+        checkpoint_dir: str | os.PathLike | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = False,
+        tensorboard: bool = False,
+        callback: Callable[[dict[str, float]], None] | None = None,
+    ) -> NDeMModel:
+        """Train the backbone on structures without labels, by the auxiliary term of the objective alone.
+
+        The result has no energies: it is what `fit` of another model takes as `init_from`. Labels that the data have are
+        not looked at; the noise is told from the noisy structure, as near a minimum of the energy, where the forces are 0.
+
+        Parameters
+        ----------
+        dataset, valid
+            Structures in any form that `fit` takes. With validation data, the weights with the smallest auxiliary term on
+            them are kept, noise head included; the noise on them is always the same.
+        nb_epoch, max_steps, max_time, init_from, init_partial, checkpoint_dir, checkpoint_every, resume, tensorboard, callback
+            As for `fit`.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ConfigError
+            If the objective has no auxiliary term, or one that needs labels (``"dens"``; ``"ndem"`` with
+            ``grad_main="label"`` or ``target="boltzmann"``).
+        DataError
+            If a structure cannot be used; names its index.
+
+        Notes
+        -----
+        Choice: the term counts with weight 1 throughout, whatever `weight` and `weight_schedule` are for `fit`.
+        """
+        limits = {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time}
+        return self._train_anew(
+            dataset,
+            valid,
+            limits,
+            init_from,
+            init_partial,
+            pretraining=True,
+            directory=None if checkpoint_dir is None else Path(checkpoint_dir),
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            tensorboard=tensorboard,
+            callback=callback,
+        )
+
+    def _train_anew(
+        self,
+        dataset: Any,
+        valid: Any,
+        limits: dict[str, Any],
+        init_from: Any,
+        init_partial: bool,
+        pretraining: bool = False,
+        **options: Any,
+    ) -> NDeMModel:
+        """Check everything, build, and train."""
+        start = None if init_from is None else start_from(init_from, init_partial)
+        train_set, valid_set = self._checked(dataset, valid, limits, known=None, pretraining=pretraining)
+        self._build(train_set, start, init_partial, pretraining)
+        return self._train(train_set, valid_set, limits, **options)
 
     def partial_fit(
         self,
@@ -294,16 +381,19 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         Raises
         ------
         ConfigError
-            If the backbone or the way forces are made was changed, for which only `fit` can build new weights.
+            If the backbone or the way forces are made was changed, for which only `fit` can build new weights; if the
+            model is only pre-trained.
         DataError
             If the data contain an element for which there is no reference energy yet.
         """
+        if self._is_pretrained:
+            raise ConfigError("this model is only pre-trained, without energies: call fit(..., init_from=this model)")
         limits = {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time}
         train_set, valid_set = self._checked(dataset, valid, limits, known=getattr(self, "reference_", None))
         if hasattr(self, "potential_"):
             self._rebuild_objective(train_set)
         else:
-            self._build(train_set, None)
+            self._build(train_set)
         return self._train(train_set, valid_set, limits, callback=callback)
 
     def _train(
@@ -332,18 +422,25 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         return self
 
     def _checked(
-        self, dataset: Any, valid: Any, limits: dict[str, Any], known: Iterable[str] | None
+        self,
+        dataset: Any,
+        valid: Any,
+        limits: dict[str, Any],
+        known: Iterable[str] | None,
+        pretraining: bool = False,
     ) -> tuple[MolecularDataset, MolecularDataset | None]:
         """The data as columns; they and all settings are checked before anything is built or written.
 
         Elements must be among `known`, for which there are reference energies; None: those of the training data.
         """
-        resolved = self._resolve()
+        resolved = self._resolve(pretraining)
         if self.unknown_elements not in ("error", "warn"):
             raise ConfigError(f"unknown_elements={self.unknown_elements!r}; allowed are 'error' and 'warn'")
         _settings(resolved, limits)
         torch_device(self.device)
         objective = self._make_objective(resolved)
+        if pretraining:
+            _check_needs_no_labels(objective, resolved)
         checked = []
         for name, data in (("training", dataset), ("validation", valid)):
             if data is None and name == "validation":
@@ -362,13 +459,13 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 check_known_elements(columns.z, columns.ptr, known, action)
             except DataError as error:
                 raise DataError(f"{name} set, {error}") from error
-            checked.append(columns)
+            checked.append(columns.with_targets([]) if pretraining else columns)
         return checked[0], checked[1]
 
     # --------------------------------------------------------------------------------------------------- building
 
-    def _resolve(self) -> dict[str, Any]:
-        """All settings: the preset's, replaced by what was given."""
+    def _resolve(self, pretraining: bool = False) -> dict[str, Any]:
+        """All settings: the preset's, replaced by what was given, and by what holds without labels."""
         values = preset_values(self.preset or self.default_preset)
         own = {
             name: value for name, value in self.get_params(deep=False).items() if value is not None and name in values
@@ -395,7 +492,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         if registry.lookup(registry.OBJECTIVES, self.objective, "objective").encodes_vectors:
             backbone = {"encode_vectors": True} | backbone
         cls = registry.lookup(registry.BACKBONES, self.backbone_name, "backbone")
-        return {
+        resolved = {
             "settings": settings,
             "backbone": {"name": self.backbone_name, "options": options_of(cls, backbone)},
             "objective": {
@@ -408,7 +505,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             "forces": merged["forces"],
             "scale": merged["scale"],
             "reference_energies": _plain(merged["reference_energies"]),
+            "pretraining": False,
         }
+        return _without_labels(resolved) if pretraining else resolved
 
     @staticmethod
     def _make_backbone(resolved: dict[str, Any]) -> Backbone:
@@ -419,12 +518,18 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
     def _make_objective(resolved: dict[str, Any]) -> Objective:
         record = resolved["objective"]
         cls = registry.lookup(registry.OBJECTIVES, record["name"], "objective")
-        supervised = SupervisedLoss(**resolved["supervised"])
+        supervised = (NoLabels if resolved.get("pretraining") else SupervisedLoss)(**resolved["supervised"])
         return cls(supervised, record["weight"], record["weight_schedule"], record["options"])
 
-    def _build(self, train_set: MolecularDataset, init_from: str | os.PathLike | NDeMModel | None) -> None:
-        """Make potential and objective for these data, with weights drawn from the seed."""
-        resolved = self._resolve()
+    def _build(
+        self,
+        train_set: MolecularDataset,
+        start: Start | None = None,
+        partial: bool = False,
+        pretraining: bool = False,
+    ) -> None:
+        """Make potential and objective for these data, with weights drawn from the seed or those to start from."""
+        resolved = self._resolve(pretraining)
         target = resolved["supervised"]["target"]
         reference, shift = _references(train_set, target, resolved["reference_energies"])
         scale = _scale(train_set, target, reference, resolved["scale"])
@@ -435,15 +540,43 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         objective = self._make_objective(resolved)
         with seeded(self.seed + 1):  # own draws: the potential's weights do not depend on the objective
             objective.build(potential, train_set)
-        if init_from is not None:
-            source = init_from if isinstance(init_from, NDeMModel) else NDeMModel.load(init_from)
-            _copy_weights(source._fitted(), potential, keep_scale=self.scale is not None)
+        self.init_report_ = None
+        if start is not None:
+            if resolved["settings"]["precision"] == "64-true":
+                potential, objective = potential.double(), objective.double()  # or the weights would be rounded
+            how = {"partial": partial, "keep_scale": self.scale is not None}
+            self.init_report_ = begin(start, potential, objective, resolved["backbone"], **how)
         self.resolved_ = resolved
         self.potential_, self.objective_ = potential, objective
         self.reference_ = _by_symbol(reference, train_set.z)
         self.history_ = []
         self.training_data_ = {}
-        self.provenance_ = {"init_from": None if init_from is None else _origin(source)}
+        self.provenance_ = {"init_from": None if start is None else dict(start.origin)}
+
+    def _take(self, start: Start, units: dict[str, Any], elements: Iterable[str], partial: bool) -> NDeMModel:
+        """Become a model with these weights that predicts in these units; without units, a pre-trained one."""
+        resolved = self._resolve(pretraining=not units)
+        if property_of(resolved["supervised"]["target"]).readout != "sum":
+            raise ConfigError(f"target={resolved['supervised']['target']!r}: only sums over atoms can be imported")
+        resolved |= {"scale": units["scale"], "reference_energies": "imported"} if units else {}
+        unknown = [symbol for symbol in elements if symbol not in atomic_numbers]
+        if unknown:
+            raise ConfigError(f"elements has {unknown[0]!r}, which is no chemical symbol")
+        dtype = torch.float64 if self.precision == "64-true" else torch.float32
+        with seeded(self.seed):
+            backbone = self._make_backbone(resolved)
+            potential = Potential(backbone, forces=resolved["forces"], target=resolved["supervised"]["target"], **units)
+        objective = self._make_objective(resolved)
+        with seeded(self.seed + 1):
+            objective.build(potential)
+        potential, objective = potential.to(dtype).eval(), objective.to(dtype)
+        self.init_report_ = begin(start, potential, objective, resolved["backbone"], partial=partial)
+        self.resolved_, self.potential_, self.objective_ = resolved, potential, objective
+        self.reference_ = {symbol: float(potential.reference[atomic_numbers[symbol]]) for symbol in elements}
+        self.training_data_ = {"name": start.report.source, "n_train": 0, "n_valid": 0, "split_hash": "unknown"}
+        self.provenance_ = {"init_from": dict(start.origin)}
+        self.history_, self.interrupted_ = [], False
+        return self
 
     def _rebuild_objective(self, train_set: MolecularDataset) -> None:
         """Take over changed settings; make the objective anew if it is another one."""
@@ -562,13 +695,27 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         potential.to(torch_device(self.device)).backbone.use_plan(self._plan(), torch_device(self.device))
         return predict_columns(potential, structures, self.resolved_["settings"]["eval_batch_size"]), structures
 
-    def _fitted(self) -> Potential:
+    @property
+    def _is_pretrained(self) -> bool:
+        """Whether there are weights, but no energies."""
+        return bool(getattr(self, "resolved_", {}).get("pretraining"))
+
+    def _weights(self) -> Potential:
+        """The potential, whether or not it has energies."""
         if not hasattr(self, "potential_"):
             raise ModelNotFittedError(f"this {type(self).__name__} has no weights yet: call fit, or load a saved model")
         return self.potential_
 
+    def _fitted(self) -> Potential:
+        """The potential, to predict with."""
+        if self._is_pretrained:
+            raise ModelNotFittedError(
+                f"this {type(self).__name__} is only pre-trained, and knows no energies: call fit(..., init_from=this model)"
+            )
+        return self._weights()
+
     def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "potential_")
+        return hasattr(self, "potential_") and not self._is_pretrained
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -592,7 +739,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         FileExistsError
             If `path` is a file, or a folder with other content.
         """
-        potential, path = self._fitted(), Path(path)
+        potential, path = self._weights(), Path(path)
         present = {item.name for item in path.iterdir()} if path.is_dir() else set()
         if present and not ("config.json" in present and present <= _MODEL_FILES):
             other = ", ".join(sorted(present - _MODEL_FILES)) or "no config.json"
@@ -652,6 +799,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 resolved["supervised"].setdefault("target", "energy")
                 resolved.setdefault("reference_energies", None)
                 tensors.setdefault("potential.shift", torch.zeros((), dtype=torch.float64))
+            resolved.setdefault("pretraining", False)  # models from before there was any
             if not issubclass(model_class, cls):
                 raise FileFormatError(f"{path} holds a {config['model']}, not a {cls.__name__}")
             model = model_class(**params | ({} if device is None else {"device": device}))
@@ -756,32 +904,36 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
-def _origin(source: NDeMModel) -> dict[str, Any]:
-    """What is known of the model whose weights another one begins with."""
-    data = source.training_data_
-    return {"model": type(source).__name__, **{name: data.get(name) for name in ("name", "n_train", "split_hash")}}
-
-
 def _settings(resolved: dict[str, Any], limits: dict[str, Any]) -> TrainSettings:
     """Settings of a run; where `fit` was given limits, those of the constructor and preset do not hold."""
     given = any(limit is not None for limit in limits.values())
     return TrainSettings(**resolved["settings"] | (limits if given else {}))
 
 
-def _copy_weights(source: Potential, target: Potential, keep_scale: bool) -> None:
-    """Take over backbone, heads, and the scale that they were trained in; reference energies stay those of the new data.
+def _without_labels(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Settings of pre-training: the auxiliary term alone and in full, no forces, nothing that is taken from labels."""
+    return resolved | {
+        "objective": resolved["objective"] | {"weight": 1.0, "weight_schedule": "constant"},
+        "supervised": resolved["supervised"] | {"energy_weight": 0.0, "force_weight": 0.0},
+        "forces": "none",
+        "scale": 1.0 if isinstance(resolved["scale"], str) else resolved["scale"],
+        "reference_energies": "none",
+        "pretraining": True,
+    }
 
-    With `keep_scale` the target's own scale, which was asked for, stays too.
-    """
-    own = {"reference", "shift", "scale"} if keep_scale else {"reference", "shift"}
-    state = {name: value for name, value in source.state_dict().items() if name not in own}
-    try:
-        result = target.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # shapes that differ
-        raise ConfigError(f"init_from has another architecture: {error}") from error
-    missing = [name for name in result.missing_keys if name not in own]
-    if missing or result.unexpected_keys:
-        raise ConfigError(f"init_from has another architecture: missing {missing}, unexpected {result.unexpected_keys}")
+
+def _check_needs_no_labels(objective: Objective, resolved: dict[str, Any]) -> None:
+    """Raise ConfigError unless pre-training has something to learn without labels."""
+    name = resolved["objective"]["name"]
+    if not objective.has_auxiliary_term:
+        raise ConfigError(f"objective={name!r} has no auxiliary term: there is nothing to learn without labels")
+    labels = objective.requires & {"energy", "forces", resolved["supervised"]["target"]}
+    if labels:
+        options = ", ".join(f"{key}={value!r}" for key, value in resolved["objective"]["options"].items())
+        raise ConfigError(
+            f"objective={name!r} with {options or 'its defaults'} needs {', '.join(sorted(labels))}, which pre-training does "
+            "not have; ndem with grad_main='stop' and target='paper', and noisy_nodes, need none"
+        )
 
 
 def _fixed_by_weights(resolved: dict[str, Any]) -> dict[str, Any]:

@@ -158,6 +158,8 @@ class NeighborVectorHead(Head):
     Eq.: v_i = sum_j s_j phi(d_ij) r_ij / d_ij, with s_j the neighbor's scalars and phi the cosine cutoff (`cutoff` in Å); then gated blocks.
     """
 
+    sign_weights: ClassVar[tuple[str, ...]] = tuple(f"gated.{name}" for name in EquivariantVectorHead.sign_weights)
+
     def __init__(self, channels: int, width: int | None, cutoff: float) -> None:
         super().__init__()
         self.cutoff = cutoff

@@ -8,7 +8,10 @@ reference: plain tensors, one line per equation; a faster execution plan has to 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+import os
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,9 @@ from ndem_zoo.graph import Batch, sum_by_index
 from ndem_zoo.models.base import Backbone, Features, Head
 from ndem_zoo.models.estimator import NDeMModel
 from ndem_zoo.physics import MAX_Z, safe_norm
+
+if TYPE_CHECKING:
+    from ndem_zoo.foreign import Imported
 
 
 def cosine_cutoff(distance: Tensor, cutoff: float) -> Tensor:
@@ -185,6 +191,7 @@ class TorchMDNet(Backbone):
     #: Where the eager plan leaves out edges beyond the cutoff, which give exact zeros: looking for them makes a GPU wait.
     skips_far_edges_on: ClassVar[tuple[str, ...]] = ("cpu",)
     tiny: ClassVar[dict] = {"hidden_channels": 16, "num_layers": 2, "num_heads": 2, "num_rbf": 8}
+    free_options: ClassVar[frozenset[str]] = frozenset({"encode_vectors", "trainable_rbf"})
 
     def __init__(
         self,
@@ -332,6 +339,8 @@ class EquivariantScalarHead(_GatedHead):
 class EquivariantVectorHead(_GatedHead):
     """One vector per atom, which rotates with the structure."""
 
+    sign_weights: ClassVar[tuple[str, ...]] = ("output_network.1.vec2_proj.weight",)
+
     def forward(self, features: Features, batch: Batch) -> Float[Tensor, "N 3"]:
         """(N, 3), in units of the potential's scale."""
         return self.outputs(features, vectors=True)[1][:, :, 0]
@@ -353,6 +362,56 @@ class NDeMTorchMDNet(NDeMModel):
     """
 
     backbone_name: ClassVar[str] = "torchmd_net"
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike | Imported,
+        *,
+        energy_unit: str | None = None,
+        elements: Iterable[str] | None = None,
+        partial: bool = False,
+        **keywords: Any,
+    ) -> NDeMTorchMDNet:
+        """A model from a checkpoint of TorchMD-NET, Zaidi et al., Frad or SliDe; executes nothing that is in the file.
+
+        Parameters
+        ----------
+        path
+            The file, or what `ndem_zoo.foreign.import_checkpoint` made of it.
+        energy_unit
+            Unit of the energies that the network was trained on (MD17: ``"kcal/mol"``; QM9 in PyG: ``"eV"``), which no file
+            names: the model then predicts as the trained one did. None: backbone and denoising head, without energies, to
+            `fit` another model from.
+        elements
+            Symbols of the elements that it was trained on, which no file names either; needed with `energy_unit`.
+        partial
+            See `ndem_zoo.foreign.import_checkpoint`.
+        **keywords
+            Of the constructor; `backbone_options` are the file's unless given.
+
+        Returns
+        -------
+        model
+            Its `init_report_` says what became of each weight.
+
+        Raises
+        ------
+        FileNotFoundError, FileFormatError
+            If the file cannot be read.
+        ConfigError
+            If our network cannot represent the one in the file, or would give other energies; for an unknown unit.
+        """
+        from ndem_zoo.foreign import Imported, import_checkpoint, in_units, with_energies
+
+        imported = path if isinstance(path, Imported) else import_checkpoint(path, partial=partial)
+        model = cls(**{"backbone_options": imported.options, **keywords})
+        if energy_unit is None:
+            return model._take(imported.start(), {}, (), partial)
+        if not elements:
+            raise ConfigError("elements=None with energy_unit: name the elements that it was trained on, such as 'CHO'")
+        symbols = re.findall("[A-Z][a-z]?", elements) if isinstance(elements, str) else list(elements)
+        return model._take(with_energies(imported), in_units(imported, energy_unit), symbols, partial)
 
 
 def _reset_linear(*layers: nn.Linear) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch
+from ndem_zoo.models.base import Head
 from ndem_zoo.models.potential import Potential, Prediction
 from ndem_zoo.noise import Noise, SigmaPer, SigmaSample, gaussian, masked_gaussian
 from ndem_zoo.physics import safe_norm
@@ -68,6 +69,11 @@ class SupervisedLoss:
             raise ConfigError("energy_weight and force_weight are both 0: there is nothing to learn")
 
     @property
+    def has_terms(self) -> bool:
+        """Whether any label is learned; False in pre-training."""
+        return bool(self.requires)
+
+    @property
     def weights(self) -> dict[str, float]:
         """Weight of each term, by the name of its label."""
         return {self.target: self.energy_weight, "forces": self.force_weight}
@@ -115,6 +121,21 @@ class SupervisedLoss:
             average = mean_of_rows(each, counts) if name == "forces" and counts is not None else each.mean()
             found[name] = self.weights[name] * average
         return found
+
+
+@dataclass(frozen=True)
+class NoLabels(SupervisedLoss):
+    """No supervised terms: what an objective gets in pre-training, where its auxiliary term is all there is."""
+
+    energy_weight: float = 0.0
+    force_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("loss", self.loss, Loss)
+        if self.energy_weight or self.force_weight:
+            raise ConfigError(
+                f"energy_weight={self.energy_weight!r}, force_weight={self.force_weight!r}: in pre-training both are 0"
+            )
 
 
 def mean_of_rows(values: Tensor, counts: Bool[Tensor, " N"]) -> Tensor:
@@ -198,6 +219,11 @@ class Objective(nn.Module, ABC):
     probed_with: ClassVar[dict[str, Any]] = {}
     #: Labels beyond those of the supervised terms.
     extra_requirements: ClassVar[frozenset[str]] = frozenset()
+    #: Whether there is a term besides the supervised ones, which pre-training could learn.
+    has_auxiliary_term: ClassVar[bool] = True
+    #: Attribute with the head that tells the noise of a structure, and its sign: +1 if it gives epsilon / sigma, -1 if minus
+    #: that. It is taken over from a pre-trained model, negated where the signs differ.
+    denoises_with: ClassVar[tuple[str, int] | None] = ("noise_head", 1)
 
     def __init__(
         self,
@@ -256,6 +282,12 @@ class Objective(nn.Module, ABC):
         rng
             The only source of randomness, on the batch's device.
         """
+
+    def denoising_head(self) -> tuple[Head, int] | None:
+        """The head that `denoises_with` names and its sign; None if there is none."""
+        name, sign = self.denoises_with or ("", 0)
+        head = getattr(self, name, None)
+        return (head, sign) if isinstance(head, Head) else None
 
     def current_weight(self) -> float:
         """Weight of the auxiliary term at this point of the training."""

@@ -107,6 +107,8 @@ class NDeM(Objective):
     """
 
     Options: ClassVar[type] = NDeMOptions
+    # F'(X + epsilon) = F(X) - c epsilon
+    denoises_with: ClassVar[tuple[str, int] | None] = ("noisy_force_head", -1)
 
     @property
     def requires(self) -> frozenset[str]:
@@ -133,8 +135,10 @@ class NDeM(Objective):
     def forward(self, potential: Potential, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """Terms ``energy``, ``forces`` and ``ndem``."""
         options, weight = self.options, self.current_weight()
-        clean = potential(batch)
-        terms = self.supervised.terms(clean, batch, potential.scale)
+        clean, terms = None, {}
+        if self.supervised.has_terms or potential.force_mode != "none":
+            clean = potential(batch)
+            terms = self.supervised.terms(clean, batch, potential.scale)
         if weight == 0:
             return terms
         noisy, noise = options.displace(batch, rng, potential.backbone.cutoff)
@@ -152,12 +156,12 @@ class NDeM(Objective):
         return forces / potential.scale.to(forces.dtype)
 
     def reference_forces(
-        self, potential: Potential, clean: Prediction, batch: Batch, like: Tensor
+        self, potential: Potential, clean: Prediction | None, batch: Batch, like: Tensor
     ) -> Float[Tensor, "N 3"]:
         """F(X) in units of the scale, with as much gradient as `grad_main` lets through; `like` (N, 3) gives the dtype."""
         if self.options.grad_main == "label":
             return (batch.targets["forces"] / potential.scale).to(like.dtype)
-        if clean.forces is None:
+        if clean is None or clean.forces is None:
             return torch.zeros_like(like)
         forces = clean.forces / potential.scale.to(clean.forces.dtype)
         return torch.lerp(forces.detach(), forces, self.options.flow) if self.options.flow else forces.detach()

@@ -45,10 +45,13 @@ class NoisyNodes(Objective):
         options, weight = self.options, self.current_weight()
         need_forces = self.supervised.force_weight > 0
         noisy, noise = options.displace(batch, rng, potential.backbone.cutoff)
-        prediction = potential(batch if options.separate_branch else noisy, need_forces=need_forces)
-        terms = self.supervised.terms(prediction, batch, potential.scale)
+        prediction, terms = None, {}
+        if self.supervised.has_terms:
+            prediction = potential(batch if options.separate_branch else noisy, need_forces=need_forces)
+            terms = self.supervised.terms(prediction, batch, potential.scale)
         if weight == 0:
             return terms
-        features = potential.backbone(noisy) if options.separate_branch else prediction.features
+        is_read = prediction is not None and not options.separate_branch
+        features = prediction.features if is_read else potential.backbone(noisy)
         residual = self.noise_head(features, noisy) - noise.epsilon / noise.sigma
         return terms | {"denoising": weight * mean_of_rows(residual.square(), ~batch.fixed)}

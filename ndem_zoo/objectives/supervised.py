@@ -22,6 +22,8 @@ class Supervised(Objective):
     """Energy and force terms, nothing else; `weight` has no effect."""
 
     Options: ClassVar[type] = SupervisedOptions
+    has_auxiliary_term: ClassVar[bool] = False
+    denoises_with: ClassVar[tuple[str, int] | None] = None
 
     def forward(self, potential: Potential, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """Terms ``energy`` and ``forces``."""

@@ -120,6 +120,9 @@ class EquiformerV2(Backbone):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         name: {option: sourced.value for option, sourced in values.items()} for name, values in PRESETS.items()
     }
+    free_options: ClassVar[frozenset[str]] = frozenset(
+        {"encode_vectors", "alpha_drop", "drop_path_rate", "weight_init", "checkpoint_activations"}
+    )
     tiny: ClassVar[dict] = {
         "num_layers": 2,
         "lmax": 2,
@@ -295,6 +298,8 @@ class EnergyHead(Head):
 
 class ForceHead(Head):
     """One vector per atom: an attention layer's output of degree 1."""
+
+    sign_weights: ClassVar[tuple[str, ...]] = ("ga.proj.weight",)
 
     def __init__(self, sizes: Sizes, weight_init: str) -> None:
         super().__init__()
