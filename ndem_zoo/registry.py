@@ -30,6 +30,13 @@ OBJECTIVES: dict[str, str] = {
     "dens": "ndem_zoo.objectives.dens:DeNS",
 }
 
+FORCE_FIELDS: dict[str, str] = {
+    "pairs": "ndem_zoo.forcefields.pairs:PairPotential",
+    "valence": "ndem_zoo.forcefields.valence:ValenceForceField",
+    "mmff94": "ndem_zoo.forcefields.mmff94:MMFF94",
+    "gfn2-xtb": "ndem_zoo.forcefields.xtb:GFN2xTB",
+}
+
 DATASETS: dict[str, str] = {
     "md17": "ndem_zoo.datasets.md17:load_md17",
     "qm9": "ndem_zoo.datasets.qm9:load_qm9",
