@@ -80,8 +80,18 @@ def check_known(dataset: MolecularDataset, keys: Int[Tensor, " M"], owner: str) 
 
 
 def molecule_of(batch: Batch, keys: Int[Tensor, " M"]) -> tuple[Int[Tensor, " S"], Bool[Tensor, " S"]]:
-    """Which of the molecules `keys` each structure is, and whether it is one of them."""
+    """Which of the molecules `keys` each structure is, and whether it is one of them.
+
+    Raises
+    ------
+    DataError
+        If a structure is none of them; on a GPU, which would have to be waited for, the second result alone says so.
+    """
     same = sequence_keys(batch.z, batch.system, batch.n_atoms).unsqueeze(1) == keys  # (S, M)
+    if not same.is_cuda and not bool(same.any(dim=1).all()):
+        number = int((~same.any(dim=1)).nonzero()[0])
+        z = batch.z[batch.system == number].tolist()
+        raise DataError(f"structure {number} of the batch: no molecule of the force field has the atomic numbers {z}")
     return same.to(torch.uint8).argmax(dim=1), same.any(dim=1)
 
 
