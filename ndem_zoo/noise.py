@@ -1,17 +1,23 @@
-"""Noise on coordinates: pure functions (batch, rng) -> (noisy batch, noise).
+"""Noise on coordinates: pure functions of a batch and a random generator.
 
-Nothing here knows what a network should make of the noise; that is an objective's matter.
+Gaussian noise on atoms, and noise on bonds, angles and torsions, which moves parts of molecules as a whole. Nothing here
+knows what a network should make of the noise; that is an objective's matter. Which atoms are bonded comes from
+`topology.py`, by way of the batch's extras.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ndem_zoo.errors import ConfigError
+from ndem_zoo.featurizers.terms import HINGES_PER_WORD
 from ndem_zoo.graph import Batch, displace, mean_over_atoms, sum_over_atoms
+from ndem_zoo.physics import safe_norm
 
 SigmaSample = Literal["loguniform", "uniform"]
 SigmaPer = Literal["structure", "batch"]
@@ -74,6 +80,21 @@ def masked_gaussian(
     With ``ratio=1`` the mean displacement of a structure without fixed atoms is subtracted: a translation of the whole
     structure cannot be seen. With a mask it can, and nothing is subtracted.
     """
+    noise = gaussian(batch, rng, sigma=sigma, ratio=ratio, sample=sample, per=per, probability=probability)
+    return displace(batch, noise.epsilon, cutoff, reuse_edges), noise
+
+
+def gaussian(
+    batch: Batch,
+    rng: torch.Generator,
+    *,
+    sigma: float | tuple[float, float],
+    ratio: float = 1.0,
+    sample: SigmaSample = "loguniform",
+    per: SigmaPer = "structure",
+    probability: float = 1.0,
+) -> Noise:
+    """The noise of `masked_gaussian`, without moving anything."""
     sigmas = draw_sigma(batch, rng, sigma, sample, per)
     mask = draw_mask(batch, rng, ratio)
     if probability < 1:
@@ -86,7 +107,7 @@ def masked_gaussian(
         # Of a structure that is not moved, all displacements are 0, and so is their mean.
         center = mean_over_atoms(epsilon, batch).masked_fill(has_fixed.unsqueeze(-1), 0.0)
         epsilon = epsilon - center.index_select(0, batch.system)
-    return displace(batch, epsilon, cutoff, reuse_edges), Noise(epsilon, sigmas, mask)
+    return Noise(epsilon, sigmas, mask)
 
 
 def draw_sigma(
@@ -117,3 +138,125 @@ def _extreme(values: Tensor, batch: Batch, reduce: str) -> Float[Tensor, " N"]:
     """Smallest or largest value of each structure, given back to its atoms."""
     start = values.new_full((batch.n_systems,), 3.0 if reduce == "amin" else -3.0)
     return start.scatter_reduce(0, batch.system, values, reduce).index_select(0, batch.system)
+
+
+# ---------------------------------------------------------------------------------- noise on bonds, angles and torsions
+
+
+class InternalSigmas(NamedTuple):
+    """Standard deviations of the noise on internal coordinates; 0 leaves a kind alone.
+
+    Attributes
+    ----------
+    rotor
+        Of the torsions about rotatable bonds, in degrees.
+    bond
+        Of the lengths of bonds in no ring, in Å.
+    bend
+        Of one angle at each of these bonds, in degrees.
+    torsion
+        Of the torsion of each of these bonds about the one before it, in degrees.
+    """
+
+    rotor: float
+    bond: float = 0.0
+    bend: float = 0.0
+    torsion: float = 0.0
+
+
+def internal_displacement(batch: Batch, rng: torch.Generator, sigmas: InternalSigmas) -> Float[Tensor, "N 3"]:
+    """Draw noise on internal coordinates, and return by how many Å it moves each atom.
+
+    Parameters
+    ----------
+    batch
+        Molecules with the extras ``rotors``, ``hinges`` and ``sides`` (`topology.with_internal_coordinates`).
+    rng
+        Source of randomness, on the batch's device.
+    sigmas
+        How much.
+
+    Raises
+    ------
+    ConfigError
+        If the batch lacks these extras.
+
+    Notes
+    -----
+    A hinge is a bond j-k in no ring; its smaller side, that of k, moves as a rigid body. It is turned about j-k (rotors),
+    about the normal of i-j-k (the angle), about i-j (the torsion of k), and shifted along j-k (the length): four movements
+    that leave all other lengths, and the angles within either side, as they are. Hinges are treated one after the other,
+    each where those before have put it. Sides with a fixed atom stay. Angles at bonds on a straight line with the one
+    before have no normal, and stay.
+    """
+    extras = _internal_extras(batch)
+    if not any(sigmas):
+        return torch.zeros_like(batch.pos)
+    starts = torch.cumsum(batch.n_atoms, 0) - batch.n_atoms  # (S,)
+    n_rotors = (extras["rotors"][..., 0] >= 0).sum(dim=1)
+    only_rotors = not (sigmas.bond or sigmas.bend or sigmas.torsion)
+    number = min(extras["rotors"].shape[1], extras["hinges"].shape[1]) if only_rotors else extras["hinges"].shape[1]
+    scale = [math.radians(sigmas.rotor), math.radians(sigmas.bend), math.radians(sigmas.torsion), sigmas.bond]
+    shape = (batch.n_systems, number, 4)
+    draws = torch.randn(shape, generator=rng, device=batch.pos.device, dtype=batch.pos.dtype)
+    draws = draws * draws.new_tensor(scale)
+    pos = batch.pos
+    for h in range(number):
+        hinge = extras["hinges"][:, h].long()  # (S, 3)
+        word, bit = divmod(h, HINGES_PER_WORD)
+        moved = ((extras["sides"][:, word] >> bit) & 1).bool()  # (N,)
+        is_stuck = sum_over_atoms((moved & batch.fixed).to(pos.dtype), batch) > 0
+        spin, bend, torsion, stretch = draws[:, h].unbind(-1)
+        amounts = torch.stack([spin.masked_fill(h >= n_rotors, 0.0), bend, torsion, stretch], dim=-1)
+        amounts = amounts.masked_fill((is_stuck | (hinge[:, 2] < 0)).unsqueeze(-1), 0.0)
+        pos = _move_side(pos, batch, starts, hinge, moved, amounts)
+    return pos - batch.pos
+
+
+def _internal_extras(batch: Batch) -> dict[str, Tensor]:
+    """The extras that tell which parts of a molecule can be moved."""
+    names = ("rotors", "hinges", "sides")
+    missing = [name for name in names if name not in batch.extras]
+    if missing:
+        raise ConfigError(
+            f"the batch has no extras {', '.join(missing)}, so that nobody knows what its bonds are: prepare the dataset with "
+            "ndem_zoo.topology.with_internal_coordinates, as estimators do, or choose an objective that needs no bonds"
+        )
+    return {name: batch.extras[name] for name in names}
+
+
+def _move_side(
+    pos: Float[Tensor, "N 3"],
+    batch: Batch,
+    starts: Tensor,
+    hinge: Tensor,
+    moved: Bool[Tensor, " N"],
+    amounts: Float[Tensor, "S 4"],
+) -> Float[Tensor, "N 3"]:
+    """Positions after one hinge of each structure: turned by three angles about j, and shifted along the bond."""
+    i, j, k = (pos.index_select(0, starts + atom.clamp(min=0)) for atom in hinge.unbind(-1))
+    spin, bend, torsion, stretch = amounts.unbind(-1)
+    has_i = hinge[:, 0] >= 0
+    arm, bond = (i - j) * has_i.unsqueeze(-1), k - j
+    normal = torch.linalg.cross(arm, bond)
+    turns = [(bond, spin), (normal, bend), (arm, torsion)]
+    after = bond
+    arms = pos - j.index_select(0, batch.system)
+    for axis, angle in turns:
+        length = safe_norm(axis)
+        # Choice: an axis shorter than 1e-3 is none, such as the normal of three atoms on a line.
+        angle = angle.masked_fill(length < 1e-3, 0.0)
+        axis = axis / length.clamp(min=1e-3).unsqueeze(-1)
+        after = rotate(after, axis, angle)
+        arms = rotate(arms, axis.index_select(0, batch.system), angle.index_select(0, batch.system))
+    shift = after / safe_norm(after, keepdim=True).clamp(min=1e-3) * stretch.unsqueeze(-1)
+    turned = (j + shift).index_select(0, batch.system) + arms
+    return torch.where(moved.unsqueeze(-1), turned, pos)
+
+
+def rotate(vectors: Float[Tensor, "M 3"], axis: Float[Tensor, "M 3"], angle: Float[Tensor, " M"]) -> Tensor:
+    """Vectors turned about unit axes by angles in radians, right-handed (Rodrigues' formula)."""
+    cos, sin = angle.cos().unsqueeze(-1), angle.sin().unsqueeze(-1)
+    along = (vectors * axis).sum(-1, keepdim=True) * axis
+    # Where the angle is 0 this is the vector itself, whatever the axis.
+    return torch.lerp(along, vectors, cos) + torch.linalg.cross(axis, vectors) * sin

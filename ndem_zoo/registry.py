@@ -28,6 +28,9 @@ OBJECTIVES: dict[str, str] = {
     "noisy_nodes": "ndem_zoo.objectives.noisy_nodes:NoisyNodes",
     "ndem": "ndem_zoo.objectives.ndem:NDeM",
     "dens": "ndem_zoo.objectives.dens:DeNS",
+    "frad": "ndem_zoo.objectives.frad:Frad",
+    "slide": "ndem_zoo.objectives.slide:SliDe",
+    "geossl": "ndem_zoo.objectives.geossl:GeoSSL",
 }
 
 FORCE_FIELDS: dict[str, str] = {
@@ -48,7 +51,7 @@ DATASETS: dict[str, str] = {
 }
 
 #: Entries that can be looked up everywhere, but built only where a module is installed that not everybody has.
-NEEDS: dict[str, str] = {"schnetpack": "schnetpack", "NDeMPaiNN": "schnetpack"}
+NEEDS: dict[str, str] = {"schnetpack": "schnetpack", "NDeMPaiNN": "schnetpack", "frad": "rdkit", "slide": "rdkit"}
 
 
 def missing_for(name: str) -> str | None:

@@ -8,7 +8,7 @@ when the first structure is seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import DataError
-from ndem_zoo.featurizers.terms import find_terms, pad_terms
+from ndem_zoo.featurizers.terms import HINGES_PER_WORD, NO_ATOM, find_terms, pad_terms, side_of
 from ndem_zoo.optional import require
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ _PAIRS_AT_ONCE = 4_000_000
 #: Choice: combinations of bond orders that are tried before a molecule is given up; molecules of QM9 need far fewer.
 _MAX_ITERATIONS = 100_000
 
+#: Columns of the terms, and how many atoms each has.
 TERM_WIDTHS = {"bonds": 2, "angles": 3, "torsions": 4, "rotors": 4}
 
 
@@ -149,6 +150,60 @@ def add_terms(
     terms = [find_terms(mol).columns() for mol in found.mols]
     columns = {name: pad_terms([t[name] for t in terms], width)[found.index] for name, width in TERM_WIDTHS.items()}
     return with_extras(dataset, columns)
+
+
+def add_hinges(dataset: MolecularDataset) -> MolecularDataset:
+    """The dataset with the bonds about which a part of a molecule can be moved as a whole; it has its terms already.
+
+    Extras: ``hinges`` (S, H, 3) int32, atoms i, j, k within the structure for each bond j-k that is in no ring, filled up
+    with -1: the atoms on the side of k, which are not more than those of j, can be moved, and i is another neighbor of j
+    (-1 if there is none). Those of the rotors come first, in their order. ``sides`` (A, W) int64: bit ``h % 62`` of word
+    ``h // 62`` is set for the atoms that hinge h moves.
+    """
+    bonds, rotors = dataset.extras["bonds"], dataset.extras["rotors"]
+    known: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+    found = []
+    for number in range(len(dataset)):
+        z = np.ascontiguousarray(dataset.z[dataset.ptr[number] : dataset.ptr[number + 1]], dtype=np.uint8)
+        key = b"".join((z.tobytes(), b" ", bonds[number].tobytes(), rotors[number].tobytes()))
+        if key not in known:
+            rows = [table[number][table[number][:, 0] != NO_ATOM].tolist() for table in (bonds, rotors)]
+            known[key] = _hinges(z, *rows)
+        found.append(known[key])
+    words = max((side.shape[1] for _, side in found), default=1)
+    sides = [np.pad(side, ((0, 0), (0, words - side.shape[1]))) for _, side in found]
+    columns = {"hinges": pad_terms([hinges for hinges, _ in found], 3)}
+    whole = with_extras(dataset, columns)
+    return with_extras(whole, {"sides": np.concatenate(sides or [np.zeros((0, words), np.int64)])}, per_atom=True)
+
+
+def _hinges(z: np.ndarray, bonds: list[list[int]], rotors: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Hinges (H, 3) and sides (n, W) of one molecule."""
+    neighbors: list[list[int]] = [[] for _ in z]
+    for i, j in bonds:
+        neighbors[i].append(j)
+        neighbors[j].append(i)
+    rows = [rotor[:3] for rotor in rotors]
+    turned = {frozenset(row[1:]) for row in rows}
+    for j, k in bonds:
+        side, other = side_of(neighbors, j, k), side_of(neighbors, k, j)
+        if frozenset((j, k)) in turned or side & other:  # in a ring, either end is reached from the other
+            continue
+        j, k = (k, j) if len(side) > len(other) else (j, k)
+        ends = sorted((int(z[x]) == 1, x) for x in neighbors[j] if x != k)
+        rows.append([ends[0][1] if ends else NO_ATOM, j, k])
+    sides = np.zeros((len(z), max(1, -(-len(rows) // HINGES_PER_WORD))), dtype=np.int64)
+    for number, (_, j, k) in enumerate(rows):
+        word, bit = divmod(number, HINGES_PER_WORD)
+        sides[list(side_of(neighbors, j, k)), word] |= 1 << bit
+    return np.array(rows, dtype=np.int64).reshape(-1, 3), sides
+
+
+def with_internal_coordinates(dataset: MolecularDataset) -> MolecularDataset:
+    """The dataset with everything that noise along bonds, angles and torsions needs, which it may have already."""
+    if not TERM_WIDTHS.keys() <= dataset.extras.keys():
+        dataset = add_terms(dataset)
+    return dataset if {"hinges", "sides"} <= dataset.extras.keys() else add_hinges(dataset)
 
 
 def with_extras(
@@ -272,9 +327,7 @@ def _template(name: str, smiles: Any) -> Mol:
         mol = chem.MolFromSmiles(smiles) if isinstance(smiles, str) else None
     if mol is None:
         raise DataError(f"templates[{name!r}]={smiles!r} is no SMILES")
-    mol = chem.AddHs(mol)
-    chem.Kekulize(mol, clearAromaticFlags=True)
-    return mol
+    return chem.AddHs(mol)
 
 
 def _molecule(z: np.ndarray, pos: np.ndarray, bonds: np.ndarray, charge: int, templates: list[Mol]) -> Mol:
@@ -312,10 +365,16 @@ def _skeleton(z: list[int], bonds: list[tuple[int, int]]) -> Mol:
 
 def _with_orders(mol: Mol, charge: int) -> Mol:
     """Bond orders and formal charges worked out from the valences."""
+    chem = require("rdkit.Chem", extra="chem")
     determine = require("rdkit.Chem.rdDetermineBonds", extra="chem")
-    mol = mol.GetMol()
+    bonded = [atom.GetIdx() for atom in mol.GetAtoms() if atom.GetDegree()]
+    part = chem.RWMol(mol)
+    for lone in sorted({atom.GetIdx() for atom in mol.GetAtoms()} - set(bonded), reverse=True):
+        part.RemoveAtom(lone)  # it has no valence that could be right
+    part = part.GetMol()
     # Choice: no stereo; it says nothing on which terms there are, and a thermal frame could turn it.
-    determine.DetermineBondOrders(mol, charge=charge, embedChiral=False, maxIterations=_MAX_ITERATIONS)
+    determine.DetermineBondOrders(part, charge=charge, embedChiral=False, maxIterations=_MAX_ITERATIONS)
+    _copy_orders(mol, part, bonded)
     return mol
 
 
@@ -328,9 +387,18 @@ def _take_orders(mol: Mol, template: Mol, charge: int) -> bool:
         return False
     pairs = [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()) for bond in template.GetBonds()]
     match = mol.GetSubstructMatch(_skeleton([atom.GetAtomicNum() for atom in template.GetAtoms()], pairs))
-    for bond in template.GetBonds() if match else ():
-        i, j = match[bond.GetBeginAtomIdx()], match[bond.GetEndAtomIdx()]
-        mol.GetBondBetweenAtoms(i, j).SetBondType(bond.GetBondType())
-    for atom in template.GetAtoms() if match else ():
-        mol.GetAtomWithIdx(match[atom.GetIdx()]).SetFormalCharge(atom.GetFormalCharge())
+    if match:
+        _copy_orders(mol, template, match)
     return bool(match)
+
+
+def _copy_orders(mol: Mol, source: Mol, places: Sequence[int]) -> None:
+    """Bond orders and formal charges of `source`, whose atom i is atom ``places[i]`` of `mol`."""
+    chem = require("rdkit.Chem", extra="chem")
+    source = chem.Mol(source)
+    chem.Kekulize(source, clearAromaticFlags=True)
+    for bond in source.GetBonds():
+        i, j = places[bond.GetBeginAtomIdx()], places[bond.GetEndAtomIdx()]
+        mol.GetBondBetweenAtoms(i, j).SetBondType(bond.GetBondType())
+    for atom in source.GetAtoms():
+        mol.GetAtomWithIdx(places[atom.GetIdx()]).SetFormalCharge(atom.GetFormalCharge())

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 #: Stands in padded arrays where there is no further term.
 NO_ATOM = -1
 
+#: Hinges that are kept as bits of one integer of the column ``sides`` (`topology.add_hinges`).
+HINGES_PER_WORD = 62
+
 
 @dataclass(frozen=True, eq=False)
 class BondedTerms:
@@ -99,9 +102,9 @@ def _can_turn(atom: Atom, with_hydrogens: bool, chem: Any) -> bool:
 
 def _rotor(mol: Mol, neighbors: list[list[int]], j: int, k: int) -> tuple[int, int, int, int]:
     """The torsion that stands for a rotatable bond: through heavy atoms where there are, the smaller side last."""
-    if len(_side(neighbors, j, k)) > len(_side(neighbors, k, j)):
+    if len(side_of(neighbors, j, k)) > len(side_of(neighbors, k, j)):
         j, k = k, j
-    # `_side(neighbors, a, b)` are the atoms that hang on b: now those on k are not more than those on j.
+    # `side_of(neighbors, a, b)` are the atoms that hang on b: now those on k are not more than those on j.
     ends = [
         min((x for x in neighbors[at] if x != other), key=lambda x: (mol.GetAtomWithIdx(x).GetAtomicNum() == 1, x))
         for at, other in ((j, k), (k, j))
@@ -109,8 +112,8 @@ def _rotor(mol: Mol, neighbors: list[list[int]], j: int, k: int) -> tuple[int, i
     return ends[0], j, k, ends[1]
 
 
-def _side(neighbors: list[list[int]], start: int, end: int) -> set[int]:
-    """Atoms on the side of `end` of the bond start-end, which is in no ring."""
+def side_of(neighbors: list[list[int]], start: int, end: int) -> set[int]:
+    """Atoms that can be reached from `end` without passing `start`: of a bond in no ring, those on its side."""
     found, waiting = {end}, [end]
     while waiting:
         for atom in neighbors[waiting.pop()]:

@@ -63,7 +63,8 @@ class NDeMModel(BaseEstimator):
         What is predicted: ``"energy"``, whose derivative are forces, or another label with one number per structure; for
         those of `ndem_zoo.properties`, such as ``"gap"`` or ``"mu"``, the way from atoms to structures is known.
     objective : str
-        ``"ndem"``, ``"noisy_nodes"``, ``"dens"`` or ``"supervised"``.
+        ``"ndem"``, ``"supervised"``, or one of its rivals: ``"noisy_nodes"``, ``"dens"``, ``"frad"``, ``"slide"``,
+        ``"geossl"``. `frad` and `slide` need bonds, which are found from the geometries where the data have none.
     weight : float, optional
         Weight of the objective's auxiliary term (the paper's lambda).
     weight_schedule : str, optional
@@ -355,7 +356,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             raise ConfigError(f"unknown_elements={self.unknown_elements!r}; allowed are 'error' and 'warn'")
         _settings(resolved, limits)
         torch_device(self.device)
-        requires = self._make_objective(resolved).requires
+        objective = self._make_objective(resolved)
         checked = []
         for name, data in (("training", dataset), ("validation", valid)):
             if data is None and name == "validation":
@@ -366,7 +367,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 if len(columns) == 0:
                     raise DataError("which is empty: it must hold at least one structure")
                 check_structures(columns)
-                check_targets(columns, requires)
+                columns = objective.prepare(columns)
+                check_targets(columns, objective.requires)
                 check_one_number(columns, resolved["supervised"]["target"])
                 known = [chemical_symbols[number] for number in np.unique(columns.z)] if known is None else known
                 action = self.unknown_elements if name == "validation" else "error"

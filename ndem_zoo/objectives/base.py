@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Integral, Real  # numpy's numbers too
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch
 from ndem_zoo.models.potential import Potential, Prediction
-from ndem_zoo.noise import Noise, SigmaPer, SigmaSample, masked_gaussian
+from ndem_zoo.noise import Noise, SigmaPer, SigmaSample, gaussian, masked_gaussian
 from ndem_zoo.physics import safe_norm
+
+if TYPE_CHECKING:
+    from ndem_zoo.datasets.base import MolecularDataset
 
 Loss = Literal["mse", "l1", "smooth_l1", "l2mae"]
 WeightSchedule = Literal["constant", "decay", "warmup"]
@@ -154,6 +157,11 @@ class NoiseOptions:
         how = {"sample": self.sigma_sample, "per": self.sigma_per, "reuse_edges": self.reuse_edges, **options}
         return masked_gaussian(batch, rng, cutoff=cutoff, sigma=self.sigma, ratio=self.ratio, **how)
 
+    def draw(self, batch: Batch, rng: torch.Generator) -> Noise:
+        """The noise alone, with nothing moved; see `gaussian`."""
+        how = {"sample": self.sigma_sample, "per": self.sigma_per}
+        return gaussian(batch, rng, sigma=self.sigma, ratio=self.ratio, **how)
+
 
 class Objective(nn.Module, ABC):
     """Something to minimize.
@@ -209,6 +217,18 @@ class Objective(nn.Module, ABC):
     def requires(self) -> frozenset[str]:
         """Labels that must be present; checked before the first step."""
         return self.supervised.requires | self.extra_requirements
+
+    def prepare(self, dataset: MolecularDataset) -> MolecularDataset:
+        """The dataset with what the objective needs besides labels, such as bonds; here: as it is.
+
+        Estimators call it for training and validation data, before they check the labels; nothing is built yet.
+
+        Raises
+        ------
+        DataError
+            If the structures cannot have what is needed.
+        """
+        return dataset
 
     def build(self, potential: Potential, dataset: Any = None) -> None:
         """Make what belongs to the objective alone: once, before the first step.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from ase import Atoms
 from torch import Tensor, nn
 
+from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch, make_batch
 from ndem_zoo.models.base import Backbone, Features, Head
@@ -134,8 +134,22 @@ class ObjectiveCase:
         return objective.to(device=self.device, dtype=torch.float64).train(), potential.train()
 
     def batch(self, dtype: torch.dtype = torch.float64) -> Batch:
-        """Labelled structures."""
-        return with_labels(self.backbone.batch(example_molecules(), dtype=dtype))
+        """Labelled structures, with what the objective needs besides labels."""
+        return self.batch_of(example_molecules(), dtype)
+
+    def batch_of(self, structures: Sequence[Atoms], dtype: torch.dtype = torch.float64) -> Batch:
+        """The same of other structures."""
+        batch = with_labels(self.backbone.batch(structures, dtype=dtype))
+        dataset = columns_of(batch)
+        prepared = self.cls(options=self.options).prepare(dataset)
+        if prepared is dataset:
+            return batch
+        kinds = {"targets": prepared.targets, "extras": prepared.extras}
+        tensors = {
+            kind: {name: torch.from_numpy(np.array(value)).to(self.device) for name, value in columns.items()}
+            for kind, columns in kinds.items()
+        }
+        return batch.replace(**tensors)
 
     def rng(self, seed: int = 0) -> torch.Generator:
         """A source of noise."""
@@ -147,13 +161,16 @@ class ObjectiveCase:
         return objective(potential, self.batch() if batch is None else batch, self.rng())
 
 
-def columns_of(batch: Batch) -> Any:
-    """What objectives read of a training set, from a batch: `z`, `pos`, `ptr` and `targets` as numpy columns."""
-    return SimpleNamespace(
+def columns_of(batch: Batch) -> MolecularDataset:
+    """A batch without periodic boundaries as the dataset that it could have been made of."""
+    columns = {"targets": batch.targets, "extras": batch.extras}
+    return MolecularDataset(
         z=batch.z.cpu().numpy(),
         pos=batch.pos.double().cpu().numpy(),
         ptr=np.concatenate([[0], np.cumsum(batch.n_atoms.cpu().numpy())]),
-        targets={name: value.cpu().numpy() for name, value in batch.targets.items()},
+        fixed=batch.fixed.cpu().numpy() if bool(batch.fixed.any()) else None,
+        per_atom={name: len(value) == len(batch.z) for column in columns.values() for name, value in column.items()},
+        **{kind: {name: value.cpu().numpy() for name, value in column.items()} for kind, column in columns.items()},
     )
 
 
@@ -291,7 +308,7 @@ def lone_atoms(case: ObjectiveCase) -> None:
     lone = Atoms("N", [[0.0, 0.0, 0.0]])
     far = example_molecules()[1] + Atoms("H", [[0.0, 0.0, 2.0 * case.backbone.cutoff]])
     objective, potential = case.build()
-    batch = with_labels(case.backbone.batch([lone, far, lone]))
+    batch = case.batch_of([lone, far, lone])
     sum(objective(potential, batch, case.rng()).values()).backward()
     for name, p in [*potential.named_parameters(), *objective.named_parameters()]:
         require(p.grad is None or torch.isfinite(p.grad).all(), f"the gradient of {name} is not finite")
