@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch
-from ndem_zoo.physics import MAX_Z, safe_norm
+from ndem_zoo.physics import safe_norm
 
 #: R. Lindh, A. Bernhardsson, G. Karlström, P.-Å. Malmqvist, Chem. Phys. Lett. 241, 423 (1995): constants in Hartree (per
 #: bohr² for lengths), and by rows of the periodic table (1, 2, 3 and below) decay in 1/bohr² and distance in bohr.
@@ -126,12 +126,9 @@ def lindh_constants(z: Int[Tensor, " N"], pos: Float[Tensor, "N 3"], terms: Term
     Eq. rho_ij = exp(a_ij (r0_ij² - r_ij²)); k_ij = 0.45 rho_ij, k_ijk = 0.15 rho_ij rho_jk and
     k_ijkl = 0.005 rho_ij rho_jk rho_kl, in Hartree and bohr.
     """
-    rows = _periodic_rows(z)
-    decay, distance = (pos.new_tensor(table) for table in (LINDH_DECAY, LINDH_DISTANCE))
 
     def rho(a: Tensor, b: Tensor) -> Tensor:
-        square = (pos[a] - pos[b]).square().sum(-1) / units.Bohr**2
-        return torch.exp(decay[rows[a], rows[b]] * (distance[rows[a], rows[b]].square() - square))
+        return _lindh_rho(z[a], z[b], (pos[a] - pos[b]).square().sum(-1))
 
     bonds, angles, torsions = (t.unbind(-1) for t in (terms.bonds, terms.angles, terms.torsions))
     stretch = LINDH_BOND * units.Hartree / units.Bohr**2 * rho(*bonds)
@@ -140,10 +137,23 @@ def lindh_constants(z: Int[Tensor, " N"], pos: Float[Tensor, "N 3"], terms: Term
     return Constants(stretch * terms.is_bond, bend * terms.is_angle, twist * terms.is_torsion)
 
 
+def lindh_stiffness(
+    first: Int[Tensor, " E"], second: Int[Tensor, " E"], distance: Float[Tensor, " E"]
+) -> Float[Tensor, " E"]:
+    """Spring constants of Lindh's model Hessian in eV/Å² of pairs of atomic numbers at distances in Å."""
+    return LINDH_BOND * units.Hartree / units.Bohr**2 * _lindh_rho(first, second, distance.square())
+
+
+def _lindh_rho(first: Tensor, second: Tensor, square: Tensor) -> Tensor:
+    """exp(a (r0² - r²)) of pairs of atomic numbers at squared distances in Å²."""
+    rows = _periodic_rows(first), _periodic_rows(second)
+    decay, distance = (square.new_tensor(table)[rows] for table in (LINDH_DECAY, LINDH_DISTANCE))
+    return torch.exp(decay * (distance.square() - square / units.Bohr**2))
+
+
 def _periodic_rows(z: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
     """0 for hydrogen and helium, 1 for lithium to neon, 2 for all others."""
-    table = [0, 0, 0, *[1] * 8, *[2] * (MAX_Z - 10)]
-    return torch.tensor(table, device=z.device).index_select(0, z)
+    return (z > 2).long() + (z > 10).long()
 
 
 def spring_energy(

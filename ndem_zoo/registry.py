@@ -25,6 +25,7 @@ MODELS: dict[str, str] = {
 
 OBJECTIVES: dict[str, str] = {
     "supervised": "ndem_zoo.objectives.supervised:Supervised",
+    "ndem_curvature": "ndem_zoo.objectives.ndem_curvature:NDeMCurvature",
     "noisy_nodes": "ndem_zoo.objectives.noisy_nodes:NoisyNodes",
     "ndem": "ndem_zoo.objectives.ndem:NDeM",
     "dens": "ndem_zoo.objectives.dens:DeNS",
