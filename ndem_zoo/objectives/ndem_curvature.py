@@ -115,7 +115,7 @@ class NDeMCurvature(Objective):
     """
 
     Options: ClassVar[type] = NDeMCurvatureOptions
-    probed_with: ClassVar[dict[str, Any]] = {"curvature": "lindh", "energy": False}
+    probed_with: ClassVar[dict[str, Any]] = {"curvature": "lindh"}
     extra_requirements: ClassVar[frozenset[str]] = frozenset({"forces"})
 
     def build(self, potential: Potential, dataset: Any = None) -> None:
@@ -150,7 +150,7 @@ class NDeMCurvature(Objective):
         if self.options.head != "independent":
             prediction = potential(noisy)
             trust = self._trust(potential, noise, (clean, batch), (prediction, noisy))
-            found = self._terms(prediction, noisy, potential, trust, trust * self.options.energy)
+            found = self._terms(prediction, noisy, potential, trust, trust if self.options.energy else None)
             terms |= {f"noisy_{name}": weight * term for name, term in found.items()}
             if self.options.curvature == "learned_springs":
                 terms["springs"] = self._spring_term(potential, clean, prediction, change, batch)
@@ -190,22 +190,17 @@ class NDeMCurvature(Objective):
         noisy: Batch,
         potential: Potential,
         force_weight: Float[Tensor, " S"],
-        energy_weight: Float[Tensor, " S"],
+        energy_weight: Float[Tensor, " S"] | None,
     ) -> dict[str, Tensor]:
-        """Supervised terms, with a weight for each structure."""
-        dtype = prediction.forces.dtype
-        errors = {
-            "energy": ((prediction.energy - noisy.targets["energy"]) / potential.scale).to(dtype)
-            if self.supervised.energy_weight
-            else None,
-            "forces": (prediction.forces - noisy.targets["forces"].to(dtype)) / potential.scale.to(dtype),
-        }
-        importance = {
-            "energy": energy_weight.to(dtype),
-            "forces": force_weight.to(dtype).index_select(0, noisy.system),
-        }
-        wanted = {name: error for name, error in errors.items() if self.supervised.weights[name]}
-        return self.supervised.terms_of_errors(wanted, ~noisy.fixed, importance)
+        """Supervised terms, with a weight for each structure; None leaves the energies out."""
+        dtype, errors, importance = prediction.forces.dtype, {}, {}
+        if self.supervised.energy_weight and energy_weight is not None:
+            errors["energy"] = ((prediction.energy - noisy.targets["energy"]) / potential.scale).to(dtype)
+            importance["energy"] = energy_weight.to(dtype)
+        if self.supervised.force_weight:
+            errors["forces"] = (prediction.forces - noisy.targets["forces"].to(dtype)) / potential.scale.to(dtype)
+            importance["forces"] = force_weight.to(dtype).index_select(0, noisy.system)
+        return self.supervised.terms_of_errors(errors, ~noisy.fixed, importance)
 
     def _trust(
         self,
