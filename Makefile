@@ -32,7 +32,7 @@ $(PYTHON); install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1;
 # One thread a test process: with more, processes on the same cores only wait for each other.
 pytest = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 DGLBACKEND=pytorch $(1)/bin/python -m pytest -n $(JOBS) -q $(PYTEST_FLAGS)
 
-.PHONY: help demo test test-latest lint format docs bench bench-quick gpu-check setup setup-latest clean
+.PHONY: help demo test test-latest lint format docs notebooks bench bench-quick gpu-check setup setup-latest clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ format: $(VENV_LINT)/$(READY)  ## Mend what can be mended of style and format
 docs: $(VENV)/$(READY)  ## Build the documentation; a warning is an error
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
+
+notebooks: $(VENV)/$(READY)  ## Turn quickstart and tutorials into notebooks for Colab and the like
+	$(VENV)/bin/python scripts/make_notebooks.py
 
 # Benchmarks are the scripts benchmarks/<group>/bench_*.py; each writes its JSON and table beside itself. Those of speed
 # run beside the newest torch and their rivals, the others in the full stack. BENCH_FLAGS go to every script.
@@ -91,6 +94,6 @@ $(VENV_LINT)/$(READY): $(FULL) scripts/setup_env.py
 	$(call set-up,$(VENV_LINT),$(FULL),ruff,0.1)
 
 clean:  ## Remove environments, runs, caches and built pages
-	rm -rf .venv .venv-latest .venv-lint .venv*.log .venv*.lock runs build dist *.egg-info docs/_build docs/jupyter_execute
+	rm -rf .venv .venv-latest .venv-lint .venv*.log .venv*.lock runs notebooks build dist *.egg-info docs/_build docs/jupyter_execute
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

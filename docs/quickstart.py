@@ -8,6 +8,26 @@
 # From frames to a force field that drives molecular dynamics, in less than a minute. This page is a script:
 # `python docs/quickstart.py` runs it, and so do the tests. Nothing is downloaded.
 #
+# ## Ten lines
+#
+# Load, train, predict, measure. The network is small and the steps are few, so that it is over in seconds.
+
+# %%
+from ndem_zoo import NDeMTorchMDNet, load_sample
+
+tasks, (train, valid, test), transformers = load_sample("ethanol")
+small = {"hidden_channels": 32, "num_layers": 2}
+model = NDeMTorchMDNet(
+    preset="md17_fast", backbone_options=small, lr=3e-3, warmup_steps=30, max_steps=100, progress=False
+)
+model.fit(train, valid)
+prediction = model.predict(test)
+print(prediction["energy"].shape, prediction["forces"].shape, "energies in eV, forces in eV/Å")
+print(model.evaluate(test, metrics=["energy_mae", "forces_mae", "forces_mae_kcal"]))
+
+# %% [markdown]
+# The rest of the page goes through the same, step by step, with somewhat more training.
+#
 # ## Data
 #
 # `load_sample` gives frames of ethanol that come with the package: molecular dynamics at 500 K with the semi-empirical
@@ -15,8 +35,6 @@
 # All loaders return the tasks, three datasets, and an empty list of transformers, as MoleculeNet's do.
 
 # %%
-from ndem_zoo import NDeMTorchMDNet, load_sample
-
 tasks, (train, valid, test), transformers = load_sample("ethanol", n_train=950, n_valid=50)
 tasks, train, test
 

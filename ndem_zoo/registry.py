@@ -1,6 +1,7 @@
 """What the package has, by name: one line each. The contract tests, the CLI and `load` read these tables.
 
-Values are ``"module:attribute"``, imported when asked for, so that a table costs nothing.
+Values are ``"module:attribute"``, imported when asked for, so that a table costs nothing. What another package or a
+notebook brings along is added by `register`.
 """
 
 from __future__ import annotations
@@ -59,6 +60,39 @@ def missing_for(name: str) -> str | None:
     """Module that the entry `name` needs and that is not installed; None if nothing is missing."""
     module = NEEDS.get(name)
     return module if module is not None and importlib.util.find_spec(module) is None else None
+
+
+def register(table: dict[str, str], name: str, entry: Any) -> None:
+    """Add a class or function from elsewhere to `table`, for this process.
+
+    Parameters
+    ----------
+    table
+        `BACKBONES`, `OBJECTIVES`, `MODELS` or `DATASETS`.
+    name
+        What it is asked for by; of a model, the name of its class, by which a saved one is found again.
+    entry
+        Defined at the top level of a module or notebook. Code that loads a saved model must have registered its parts
+        before, as it must have imported them.
+
+    Raises
+    ------
+    ConfigError
+        If the name is taken by something else, or `entry` cannot be found by its module and name.
+
+    Notes
+    -----
+    The same entry may come twice, so that cells of a notebook can be run again.
+    """
+    module, attribute = getattr(entry, "__module__", None), getattr(entry, "__qualname__", None)
+    if module is None or getattr(importlib.import_module(module), str(attribute), None) is not entry:
+        raise ConfigError(f"{entry!r} cannot be found as {module}:{attribute}; define it at the top level of a module")
+    path = f"{module}:{attribute}"
+    if table.get(name, path) != path:
+        raise ConfigError(f"{name!r} is taken by {table[name]}; choose another name for {path}")
+    if table is MODELS and name != attribute:
+        raise ConfigError(f"a model is registered by the name of its class, {attribute!r}, not as {name!r}")
+    table[name] = path
 
 
 def lookup(table: dict[str, str], name: str, what: str) -> Any:
