@@ -1,4 +1,5 @@
 # Everything that people and CI run. Needs Python 3.11, make and pip; each target makes the environment that it uses.
+# `test-py312` needs Python 3.12 instead; CI does not run it.
 #
 # The first call installs several GB: the full stack holds the CUDA build of torch 2.4.1. `test-latest` takes torch
 # 2.13.0 from wherever pip finds it; for a build without CUDA (some 200 MB instead of several GB) set PIP_FIND_LINKS or
@@ -10,7 +11,10 @@ SHELL := /bin/sh
 # The first Python 3.11 on the path; if there is none, python3, which setup_env.py refuses with a message.
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
     $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
+PYTHON312 ?= $(shell for p in python3.12 python3 python; do \
+    $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo $$p; exit; }; done; echo python3.12)
 VENV ?= .venv
+VENV_312 ?= .venv-py312
 VENV_LATEST ?= .venv-latest
 VENV_LINT ?= .venv-lint
 JOBS ?= 2
@@ -19,23 +23,27 @@ DEMO_FLAGS ?= --out runs/demo
 
 FULL := constraints/full-py311.txt
 LATEST := constraints/latest-torch-py311.txt
+MODERN := constraints/modern-py312.txt
 READY := ndem_zoo-installed
 FULL_EXTRAS := .[full,xtb,docs,dev]
 # The extras of `full` but SchNetPack, which does not import beside this torch; torchmd-net is for the parity test.
 LATEST_EXTRAS := .[dgl,chem,deepchem,oc20,cli,plots,tensorboard,xtb,dev]
+# The extras of `full` but DeepChem, which has no release for Python 3.12.
+MODERN_EXTRAS := .[schnetpack,dgl,chem,oc20,cli,plots,tensorboard,dev]
 
-# $(call set-up,environment,constraints,requirements,GB)
-set-up = @command -v $(PYTHON) >/dev/null || { echo "set-up of $(1) failed: Python 3.11 is needed, and there is no \
-$(PYTHON); install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
-    $(PYTHON) scripts/setup_env.py $(1) $(2) --disk $(4) $(3)
+# $(call set-up,environment,constraints,requirements,GB,variable that names the Python,its version)
+set-up = @$($(5)) -c "" >/dev/null 2>&1 || { echo "set-up of $(1) failed: Python $(6) is needed, and there is no \
+$($(5)); install it, or name it: make $(5)=/path/to/python$(6)" >&2; exit 1; }; \
+    $($(5)) scripts/setup_env.py $(1) $(2) --disk $(4) --python $(6) --variable $(5) $(3)
 
 # One thread a test process: with more, processes on the same cores only wait for each other.
 pytest = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 DGLBACKEND=pytorch $(1)/bin/python -m pytest -n $(JOBS) -q $(PYTEST_FLAGS)
 
-.PHONY: help demo test test-latest lint format docs notebooks bench bench-quick gpu-check setup setup-latest clean
+.PHONY: help demo test test-latest test-py312 lint format docs notebooks bench bench-quick gpu-check setup setup-latest \
+    setup-py312 clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/$(READY)  ## Train, compare, report and run MD on the embedded ethanol frames (no download)
 	$(VENV)/bin/python -m ndem_zoo.demo $(DEMO_FLAGS)
@@ -45,6 +53,9 @@ test: $(VENV)/$(READY)  ## Run all tests in the full stack (torch 2.4.1)
 
 test-latest: $(VENV_LATEST)/$(READY)  ## Run the core tests with the newest torch (2.13.0)
 	$(call pytest,$(VENV_LATEST)) -m "not schnetpack"
+
+test-py312: $(VENV_312)/$(READY)  ## Run all tests but DeepChem's with Python 3.12, SchNetPack 2.2 and torch 2.15.0 (not in CI)
+	$(call pytest,$(VENV_312)) -m "not deepchem"
 
 lint: $(VENV_LINT)/$(READY)  ## Check style and format
 	$(VENV_LINT)/bin/ruff check .
@@ -83,17 +94,22 @@ gpu-check: $(if $(GPU_PYTHON),,$(VENV)/$(READY))  ## Run the tests and the CPU/G
 
 setup: $(VENV)/$(READY)  ## Make the environment of demo, test and docs only
 setup-latest: $(VENV_LATEST)/$(READY)  ## Make the environment of test-latest only
+setup-py312: $(VENV_312)/$(READY)  ## Make the environment of test-py312 only
 
 $(VENV)/$(READY): setup.py $(FULL) scripts/setup_env.py
-	$(call set-up,$(VENV),$(FULL),'$(FULL_EXTRAS)',10)
+	$(call set-up,$(VENV),$(FULL),'$(FULL_EXTRAS)',10,PYTHON,3.11)
 
 $(VENV_LATEST)/$(READY): setup.py $(LATEST) scripts/setup_env.py
-	$(call set-up,$(VENV_LATEST),$(LATEST),'$(LATEST_EXTRAS)' torchmd-net 'setuptools>=82',4)
+	$(call set-up,$(VENV_LATEST),$(LATEST),'$(LATEST_EXTRAS)' torchmd-net 'setuptools>=82',4,PYTHON,3.11)
+
+$(VENV_312)/$(READY): setup.py $(MODERN) scripts/setup_env.py
+	$(call set-up,$(VENV_312),$(MODERN),'$(MODERN_EXTRAS)' 'setuptools>=82',10,PYTHON312,3.12)
 
 $(VENV_LINT)/$(READY): $(FULL) scripts/setup_env.py
-	$(call set-up,$(VENV_LINT),$(FULL),ruff,0.1)
+	$(call set-up,$(VENV_LINT),$(FULL),ruff,0.1,PYTHON,3.11)
 
 clean:  ## Remove environments, runs, caches and built pages
-	rm -rf .venv .venv-latest .venv-lint .venv*.log .venv*.lock runs notebooks build dist *.egg-info docs/_build docs/jupyter_execute
+	rm -rf .venv .venv-latest .venv-py312 .venv-lint .venv*.log .venv*.lock runs notebooks build dist *.egg-info
+	rm -rf docs/_build docs/jupyter_execute
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -373,11 +373,15 @@ def bench(
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs to compare.", metavar="DIR...")],
-    out: Annotated[Path, typer.Option(help="Markdown file to write; figures go beside it.", metavar="FILE")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Page to write: .html (one file that holds all) or .md (figures beside it).", metavar="FILE"),
+    ] = Path("report.html"),
 ) -> None:
     """Compare runs on one page.
 
-    With a table of errors, learning curves, versions and commands.
+    With tables of errors, learning curves, predicted against reference values, errors by element and by size of the
+    force, versions and commands. The page needs no network and runs no scripts.
     """
     from ndem_zoo.report import read_run, write_report
 

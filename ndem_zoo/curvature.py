@@ -204,9 +204,7 @@ def fitted_springs(dataset: MolecularDataset, temperature: float, cutoff: float 
         batch = dataset.select(slice(start, start + 256)).to_batch(cutoff, torch.float64)
         constant, direction = rule.stiffness(batch)
         distance, forces = safe_norm(batch.vectors()), batch.targets["forces"]
-        near, far = (
-            (direction * forces.index_select(0, atoms)).sum(-1) for atoms in (batch.dst, batch.src)
-        )
+        near, far = ((direction * forces.index_select(0, atoms)).sum(-1) for atoms in (batch.dst, batch.src))
         observed = 2 * far / distance - near * far / kT
         kind = batch.z.index_select(0, batch.dst) * (MAX_Z + 1) + batch.z.index_select(0, batch.src)
         is_near = (constant >= 0.1 * constant.max()).double()
@@ -411,7 +409,9 @@ def make_curvature(
 
     prior = potential.prior
     if name in ("element", "springs", "lindh", "learned_springs") and prior is not None:
-        raise ConfigError(f"curvature={name!r} describes whole forces; with a prior use a force field, 'model' or 'none'")
+        raise ConfigError(
+            f"curvature={name!r} describes whole forces; with a prior use a force field, 'model' or 'none'"
+        )
     if name == "none":
         return NoChange()
     if name == "isotropic":
@@ -432,7 +432,9 @@ def make_curvature(
     parts = getattr(force_field, "parts", [force_field])
     is_whole = not all(isinstance(part, LinearForceField) for part in parts)
     if is_whole and prior is not None and len(parts) > 1:
-        raise ConfigError(f"curvature={name!r} with a prior: name one force field, or make it the prior with curvature='none'")
+        raise ConfigError(
+            f"curvature={name!r} with a prior: name one force field, or make it the prior with curvature='none'"
+        )
     if dataset is not None:
         force_field.fit(dataset)
     return ForceFieldDifference(force_field, prior if is_whole else None)

@@ -36,6 +36,7 @@ from ndem_zoo.graph import import_dgl
 from ndem_zoo.metrics import error_metrics
 from ndem_zoo.models.equiformer_v2.model import NDeMEquiformerV2
 from ndem_zoo.models.estimator import NDeMModel
+from ndem_zoo.models.schnetpack import NDeMPaiNN
 from ndem_zoo.models.torchmd_net import NDeMTorchMDNet
 from ndem_zoo.objectives.base import check_whole
 from ndem_zoo.optional import require
@@ -52,6 +53,7 @@ __all__ = [
     "CountSplitter",
     "EquiformerV2Model",
     "EstimatorModel",
+    "PaiNNModel",
     "RadiusGraphFeaturizer",
     "TorchMDNetModel",
     "forces_metric",
@@ -366,7 +368,7 @@ class _Predicted:
 
 
 class EstimatorModel(dc.models.Model):
-    """One of our estimators as a DeepChem model; use `TorchMDNetModel` or `EquiformerV2Model`.
+    """One of our estimators as a DeepChem model; use `TorchMDNetModel`, `EquiformerV2Model` or `PaiNNModel`.
 
     Parameters
     ----------
@@ -805,7 +807,8 @@ class EstimatorModel(dc.models.Model):
                 raise ConfigError(f"{checkpoint} has {name}={source.resolved_[name]!r}, this model has {own[name]!r}")
         if source.resolved_["supervised"]["target"] != self._target:
             raise ConfigError(f"{checkpoint} predicts another target than {self._target!r}")
-        for name in ("potential_", "objective_", "reference_", "resolved_", "training_data_", "history_"):
+        names = ("potential_", "objective_", "reference_", "resolved_", "training_data_", "provenance_", "history_")
+        for name in names:
             setattr(self.model, name, getattr(source, name))
         self._global_step = record["global_step"]
         self._phase = _Phase(**record["phase"]) if record["phase"] else None
@@ -829,6 +832,15 @@ class EquiformerV2Model(EstimatorModel):
     """`NDeMEquiformerV2` as a DeepChem model; see `EstimatorModel` and, for its keywords, `NDeMModel`."""
 
     estimator_class = NDeMEquiformerV2
+
+
+class PaiNNModel(EstimatorModel):
+    """`NDeMPaiNN` as a DeepChem model; see `EstimatorModel` and, for its keywords, `NDeMModel`.
+
+    Needs SchNetPack, when its network is built.
+    """
+
+    estimator_class = NDeMPaiNN
 
 
 def _labels(dataset: Any, structures: MolecularDataset, target: str) -> tuple[np.ndarray, np.ndarray]:

@@ -118,11 +118,15 @@ def train_one(objective: str, splits: Splits, options: DemoOptions) -> NDeMModel
     model.fit(splits.train, splits.valid, max_time=options.seconds)
     if model.interrupted_:
         raise KeyboardInterrupt
-    folder = options.out / ("model" if objective == "ndem" else "baseline")
+    folder = _folder(objective, options)
     model.save(folder)
     steps = int(model.history_[-1]["step"])
     print(f"{steps} steps with {model.potential_.n_parameters:,} weights; saved in {folder}")
     return model
+
+
+def _folder(objective: str, options: DemoOptions) -> Path:
+    return options.out / ("model" if objective == "ndem" else "baseline")
 
 
 def judge(models: dict[str, NDeMModel], splits: Splits, options: DemoOptions) -> dict[str, RunSummary]:
@@ -130,6 +134,7 @@ def judge(models: dict[str, NDeMModel], splits: Splits, options: DemoOptions) ->
     from ndem_zoo import plots, runs
     from ndem_zoo.history import write_history
     from ndem_zoo.metrics import dataset_metrics
+    from ndem_zoo.predictions import Predictions
     from ndem_zoo.report import RunSummary
 
     test = splits.test
@@ -138,7 +143,10 @@ def judge(models: dict[str, NDeMModel], splits: Splits, options: DemoOptions) ->
         predictions[NAMES[objective]] = predicted = runs.predict_columns_of(model, test)
         record = runs.run_record(model, splits, _command(options))
         record["test"] = {"n_structures": len(test)} | dataset_metrics(predicted, test)
-        summaries[objective] = RunSummary(NAMES[objective], record, model.history_)
+        model.note_evaluation(test, dataset_metrics(predicted, test), "test")
+        model.save(_folder(objective, options))  # again: now its card has the errors
+        kept = Predictions.of("test", test, predicted)
+        summaries[objective] = RunSummary(NAMES[objective], record, model.history_, predictions=kept)
     write_history(options.out / "history.csv", models["ndem"].history_)
     if plots.has_matplotlib():
         plots.save_figure(plots.parity_figure(predictions, test.targets, test.ptr), options.out / "parity.png")
@@ -171,7 +179,7 @@ def run_dynamics(splits: Splits, options: DemoOptions) -> dict[str, Any]:
 
 
 def write_summary(summaries: dict[str, RunSummary], md: dict[str, Any], options: DemoOptions) -> None:
-    """``report.md`` with its figures, and the same numbers as ``metrics.json``."""
+    """``report.html``, the same as ``report.md``, and the numbers as ``metrics.json``."""
     import dataclasses
 
     from ndem_zoo import runs
@@ -182,9 +190,9 @@ def write_summary(summaries: dict[str, RunSummary], md: dict[str, Any], options:
     results = {name: dict(summary.record) for name, summary in summaries.items()}
     units = runs.units_of(*(summary.metrics for summary in summaries.values()))
     save_json(options.out / "metrics.json", results | {"md": md, "units": units})
-    figures = ["parity.png"] if (options.out / "parity.png").is_file() else []
     title = "ndem_zoo demo: ethanol, NDeM and the supervised baseline for the same time"
-    write_report(options.out / "report.md", list(summaries.values()), title=title, figures=figures)
+    for name in ("report.html", "report.md"):
+        write_report(options.out / name, list(summaries.values()), title=title)
 
 
 # -------------------------------------------------------------------------------------------------------------- printing
@@ -228,7 +236,7 @@ def _say_farewell(options: DemoOptions) -> None:
     out = shlex.quote(str(options.out))
     print(
         f"""
-Everything is in {options.out}: report.md, parity.png, learning_curve.png, history.csv, model/, baseline/, md.extxyz.
+Everything is in {options.out}: report.html, report.md, parity.png, learning_curve.png, history.csv, model/, baseline/, md.extxyz.
 
 Next:
   ndem-zoo info {out}/model

@@ -1,4 +1,4 @@
-"""Pictures of predictions and trainings: parity plots and learning curves, as matplotlib figures.
+"""Pictures of predictions and trainings, as matplotlib figures: parity, learning curves, errors by element and by force.
 
 Functions take numbers and return a `Figure`; pyplot and its global state are not used, so they run without a display
 and in any thread. What the numbers are is decided in `runs.py` and `demo.py`.
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 #: Okabe and Ito's colors, which color-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
+#: Colors of figures on a dark page; contrast of text 13:1.
+DARK_GROUND, DARK_TEXT, DARK_GRID = "#1b1d21", "#e4e6ea", "#33363c"
+
 #: Choice: more points than this are shown as a density, in which none hides another.
 MAX_POINTS = 5_000
 
@@ -38,7 +41,11 @@ def has_matplotlib() -> bool:
 
 
 def parity_figure(
-    predictions: Mapping[str, Mapping[str, np.ndarray]], target: Mapping[str, np.ndarray], ptr: np.ndarray
+    predictions: Mapping[str, Mapping[str, np.ndarray]],
+    target: Mapping[str, np.ndarray],
+    ptr: np.ndarray,
+    *,
+    first_color: int = 0,
 ) -> Figure:
     """Predicted against true energies, forces and other targets, one row of panels for each model.
 
@@ -51,6 +58,8 @@ def parity_figure(
         The labels, under the same names.
     ptr : (S + 1,)
         Where each structure begins and ends.
+    first_color
+        Number of the first model's color in `COLORS`, so that a model has the same one in every figure.
 
     Returns
     -------
@@ -73,7 +82,7 @@ def parity_figure(
         for column, name in enumerate(shared):
             draw = {"energy": _draw_energy_parity, "forces": _draw_force_parity}.get(name)
             draw = draw or functools.partial(_draw_property_parity, name)
-            draw(axes[row, column], columns[name], target[name], ptr, label, COLORS[row % len(COLORS)])
+            draw(axes[row, column], columns[name], target[name], ptr, label, COLORS[(first_color + row) % len(COLORS)])
     return figure
 
 
@@ -116,11 +125,107 @@ def learning_curve_figure(
     return figure
 
 
+def element_error_figure(errors: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Force errors of each element as bars, of one or several models beside each other.
+
+    Parameters
+    ----------
+    errors
+        For each model's name the mean absolute error of force components in eV/Å by chemical symbol.
+
+    Raises
+    ------
+    DataError
+        If there are no errors.
+    """
+    elements = list(dict.fromkeys(symbol for found in errors.values() for symbol in found))
+    if not elements:
+        raise DataError("there are no force errors by element to draw")
+    figure = _figure(2.4 + 0.5 * len(elements) * (1 + len(errors)), 4.0)
+    axis = figure.subplots()
+    width = 0.8 / len(errors)
+    for number, (label, found) in enumerate(errors.items()):
+        at = np.arange(len(elements)) + (number + 0.5) * width - 0.4
+        heights = [1e3 * found.get(symbol, np.nan) for symbol in elements]
+        axis.bar(at, heights, 0.92 * width, color=COLORS[number % len(COLORS)], label=label)
+    axis.set_xticks(range(len(elements)), elements)
+    axis.set(ylabel="force MAE (meV/Å)")
+    axis.grid(True, axis="y", color="0.92", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.legend(frameon=False)
+    _add_scale(axis, "kcal/mol/Å", 1e3 * KCAL_PER_MOL)
+    return figure
+
+
+def force_error_figure(samples: Mapping[str, tuple[np.ndarray, np.ndarray]], n_bins: int = 12) -> Figure:
+    """Error of forces against the size of the true force: the mean in bins, with the middle half of the errors.
+
+    Parameters
+    ----------
+    samples
+        For each model's name the lengths (A,) of the true forces and of the error vectors, in eV/Å.
+    n_bins
+        Each has as many atoms as the others.
+
+    Raises
+    ------
+    DataError
+        If there are no atoms.
+    """
+    if not samples or not all(len(size) for size, _ in samples.values()):
+        raise DataError("there are no forces to draw errors of")
+    figure = _figure(6.4, 4.2)
+    axis = figure.subplots()
+    for number, (label, (size, error)) in enumerate(samples.items()):
+        color = COLORS[number % len(COLORS)]
+        parts = np.array_split(np.argsort(size, kind="stable"), min(n_bins, len(size)))
+        x = [size[part].mean() for part in parts]
+        low, high = np.transpose([np.quantile(1e3 * error[part], (0.25, 0.75)) for part in parts])
+        axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        axis.plot(x, [1e3 * error[part].mean() for part in parts], "o-", color=color, markersize=4, label=label)
+    axis.set(xlabel="length of the reference force (eV/Å)", ylabel="length of the error (meV/Å)")
+    axis.set_ylim(bottom=0.0)
+    axis.grid(True, color="0.92", linewidth=0.7)
+    axis.legend(frameon=False)
+    _add_scale(axis, "kcal/mol/Å", 1e3 * KCAL_PER_MOL)
+    return figure
+
+
+def figure_bytes(figure: Figure, dpi: int = 110) -> bytes:
+    """A figure as the content of a PNG file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=dpi, facecolor=figure.get_facecolor())
+    return stream.getvalue()
+
+
+def darken(figure: Figure) -> Figure:
+    """Change a figure's colors to those of a dark page; returns the same figure.
+
+    Bright text on a dark ground; the colors of the data stay.
+    """
+    from matplotlib.axes import Axes
+    from matplotlib.text import Text
+
+    figure.set_facecolor(DARK_GROUND)
+    for axis in figure.findobj(Axes):
+        axis.set_facecolor(DARK_GROUND)
+        axis.tick_params(which="both", colors=DARK_TEXT, grid_color=DARK_GRID)
+        for spine in axis.spines.values():
+            spine.set_edgecolor(DARK_TEXT)
+        for shades in axis.collections:
+            if shades.get_array() is not None:  # densities: what is rare comes close to the ground
+                shades.set_cmap(shades.get_cmap().reversed())
+        for line in axis.get_lines():
+            if line.get_color() == "0.35":  # diagonals and zero lines
+                line.set_color("0.75")
+    for text in figure.findobj(Text):
+        text.set_color(DARK_TEXT)
+    return figure
+
+
 def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> None:
     """Write a figure as PNG, whole or not at all."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=dpi)
-    write_bytes(path, stream.getvalue())
+    write_bytes(path, figure_bytes(figure, dpi))
 
 
 # -------------------------------------------------------------------------------------------------------------- details
@@ -253,13 +358,18 @@ def _decorate_curve(axis: Axes, name: str, against: str) -> None:
     plain = _plain_formatter()
     scales: list[Any] = [axis.yaxis]
     if other_unit is not None:
-        right = axis.secondary_yaxis("right", functions=(lambda v: v / KCAL_PER_MOL, lambda v: v * KCAL_PER_MOL))
-        right.set_ylabel(other_unit)
-        scales.append(right.yaxis)
+        scales.append(_add_scale(axis, other_unit, KCAL_PER_MOL).yaxis)
     for scale in scales:
         scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
         scale.set_major_formatter(plain)
         scale.set_minor_formatter(NullFormatter())
+
+
+def _add_scale(axis: Axes, unit: str, one: float) -> Any:
+    """The vertical axis once more on the right, in a unit of which `one` is what the left axis calls 1."""
+    right = axis.secondary_yaxis("right", functions=(lambda value: value / one, lambda value: value * one))
+    right.set_ylabel(unit)
+    return right
 
 
 def _plain_formatter() -> Any:

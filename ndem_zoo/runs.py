@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import json
 import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,9 +21,9 @@ import numpy as np
 
 from ndem_zoo import checkpoint as files
 from ndem_zoo import registry
-from ndem_zoo._version import __version__
 from ndem_zoo.errors import ConfigError, DataWarning, FileFormatError
 from ndem_zoo.metrics import dataset_metrics, unit_of
+from ndem_zoo.predictions import Predictions
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -367,8 +366,9 @@ def train_run(
     """Train a model and leave everything about it in a folder.
 
     Written are ``model/`` (see `NDeMModel.save`), ``history.csv``, ``split.json`` (the ids of the structures of each
-    part), ``metrics.json`` (what is returned), checkpoints ``step-...``, and, where matplotlib is installed,
-    ``parity.png`` and ``learning_curve.png``.
+    part), ``metrics.json`` (what is returned), ``predictions.npz`` (of the test data, or else the validation data; see
+    `predictions.Predictions`), checkpoints ``step-...``, and, where matplotlib is installed, ``parity.png`` and
+    ``learning_curve.png``.
 
     Parameters
     ----------
@@ -413,13 +413,18 @@ def train_run(
     )
     if not model.history_:
         raise KeyboardInterrupt
+    model.provenance_["command"] = command or None
     model.save(out / "model")
     files.save_json(out / "split.json", splits.record())
     record = run_record(model, splits, command)
     predictions = {name: predict_columns_of(model, part) for name, part in splits.parts().items() if name != "train"}
     for name, predicted in predictions.items():
         part = splits.parts()[name]
-        record[name] = {"n_structures": len(part)} | dataset_metrics(predicted, part)
+        found = dataset_metrics(predicted, part)
+        record[name] = {"n_structures": len(part)} | found
+        model.note_evaluation(part, found, name)
+        Predictions.of(name, part, predicted).save(out)  # the test data come last
+    model.save(out / "model")  # again: now its card has the errors
     record["units"] = units_of(record.get("valid", {}), record.get("test", {}))
     files.save_json(out / "metrics.json", record)
     write_plots(model, splits, predictions, out)
@@ -482,23 +487,10 @@ def units_of(*metrics: Mapping[str, Any]) -> dict[str, str]:
 
 def environment(model: NDeMModel | None = None) -> dict[str, Any]:
     """Versions, threads, and the device (of a model, or else the one that ``"auto"`` is): what a result may depend on."""
-    import ase
-    import torch
-
+    from ndem_zoo import provenance
     from ndem_zoo.models.estimator import torch_device
 
-    device = torch_device("auto" if model is None else model.device)
-
-    return {
-        "ndem_zoo": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "ase": ase.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
+    return provenance.environment(torch_device("auto" if model is None else model.device))
 
 
 # ------------------------------------------------------------------------------------------------- evaluate and predict

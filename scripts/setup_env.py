@@ -45,6 +45,7 @@ def parse_arguments(argv):
     parser.add_argument("constraints", type=Path, help="file with the tested versions")
     parser.add_argument("requirements", nargs="+", help="what to install; a folder with extras becomes editable")
     parser.add_argument("--python", default="3.11", help="the version that the constraints are for (default: 3.11)")
+    parser.add_argument("--variable", default="PYTHON", help="of make, that names the Python (default: PYTHON)")
     parser.add_argument("--disk", type=float, default=1.0, help="free space in GB that the installation needs")
     return parser.parse_args(argv)
 
@@ -54,7 +55,7 @@ def main(argv=None):
     options = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        check_python(options.python)
+        check_python(options.python, options.variable)
         with one_at_a_time(options.venv):
             set_up(options)
     except Problem as problem:
@@ -70,13 +71,13 @@ def main(argv=None):
     return 0
 
 
-def check_python(wanted):
+def check_python(wanted, variable="PYTHON"):
     """Refuse a Python that the constraints were not made for."""
     found = "{}.{}.{}".format(*sys.version_info[:3])
     if found.split(".")[:2] != wanted.split("."):
         raise Problem(
-            "Python {} is needed, but {} is Python {}; install it, or name it: make PYTHON=/path/to/python{}".format(
-                wanted, sys.executable, found, wanted
+            "Python {} is needed, but {} is Python {}; install it, or name it: make {}=/path/to/python{}".format(
+                wanted, sys.executable, found, variable, wanted
             )
         )
     if importlib.util.find_spec("venv") is None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ndem_zoo import NDeMEquiformerV2, NDeMTorchMDNet, RadiusGraph
+from ndem_zoo import NDeMEquiformerV2, NDeMPaiNN, NDeMTorchMDNet, RadiusGraph
 from ndem_zoo import load_md17 as our_load_md17
 from ndem_zoo import load_qm9 as our_load_qm9
 from ndem_zoo.datasets.base import MolecularDataset
@@ -24,7 +24,12 @@ pytestmark = [pytest.mark.deepchem, pytest.mark.dgl]
 TINY = {
     "torchmd_net": {"hidden_channels": 8, "num_layers": 1, "num_heads": 2, "num_rbf": 4},
     "equiformer_v2": {"preset": "tiny", "num_layers": 1, "num_distance_basis": 16},
+    "painn": {"n_atom_basis": 8, "n_interactions": 1, "n_rbf": 8},
 }
+ESTIMATORS = {"torchmd_net": NDeMTorchMDNet, "equiformer_v2": NDeMEquiformerV2, "painn": NDeMPaiNN}
+each_backbone = pytest.mark.parametrize(
+    "backbone", [pytest.param(name, marks=[pytest.mark.schnetpack] * (name == "painn")) for name in TINY]
+)
 OPTIONS = {"batch_size": 3, "warmup_steps": 0, "lr": 1e-2, "min_lr": 0.0, "device": "cpu", "progress": False}
 
 
@@ -45,8 +50,14 @@ def make(zoo):
     """Makes small models."""
 
     def build(backbone: str = "torchmd_net", **options):
-        cls = {"torchmd_net": zoo.TorchMDNetModel, "equiformer_v2": zoo.EquiformerV2Model}[backbone]
-        return cls(**{**OPTIONS, "backbone_options": TINY[backbone], **options})
+        if backbone == "painn":
+            pytest.importorskip("schnetpack")
+        models = {
+            "torchmd_net": zoo.TorchMDNetModel,
+            "equiformer_v2": zoo.EquiformerV2Model,
+            "painn": zoo.PaiNNModel,
+        }
+        return models[backbone](**{**OPTIONS, "backbone_options": TINY[backbone], **options})
 
     return build
 
@@ -86,14 +97,13 @@ def assert_same(a, b, data) -> None:
 # ------------------------------------------------------------------------------------------------------------- its manners
 
 
-@pytest.mark.parametrize("backbone", ["torchmd_net", "equiformer_v2"])
+@each_backbone
 def test_a_model_trains_and_predicts_as_its_estimator_does(dc, make, train, train_set, test, test_set, backbone):
     model = make(backbone)
     assert isinstance(model, dc.models.Model)
     assert not isinstance(model, dc.models.torch_models.TorchModel)
     loss = model.fit(train, nb_epoch=2)
-    cls = {"torchmd_net": NDeMTorchMDNet, "equiformer_v2": NDeMEquiformerV2}[backbone]
-    plain = cls(**OPTIONS, backbone_options=TINY[backbone]).fit(train_set, nb_epoch=2)
+    plain = ESTIMATORS[backbone](**OPTIONS, backbone_options=TINY[backbone]).fit(train_set, nb_epoch=2)
     assert type(loss) is float
     assert loss == plain.history_[-1]["train_loss"]
     expected = plain.predict(test_set)
@@ -170,6 +180,8 @@ def test_options_that_are_refused(zoo, make, train):
         zoo.TorchMDNetModel(NDeMTorchMDNet(), lr=1e-3)
     with pytest.raises(ConfigError, match="needed is NDeMTorchMDNet"):
         zoo.TorchMDNetModel(NDeMEquiformerV2())
+    with pytest.raises(ConfigError, match="needed is NDeMPaiNN"):
+        zoo.PaiNNModel(NDeMTorchMDNet())
     for options in ({"nb_epoch": 0}, {"checkpoint_interval": -1}, {"max_checkpoints_to_keep": 0.5}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             make().fit(train, **options)
@@ -180,7 +192,7 @@ def test_options_that_are_refused(zoo, make, train):
 # ------------------------------------------------------------------------------------------ validation; DeepChem's bugs
 
 
-@pytest.mark.parametrize("backbone", ["torchmd_net", "equiformer_v2"])
+@each_backbone
 def test_validation_during_training_changes_nothing(dc, zoo, make, train, test, test_set, backbone):
     """DeepChem's first bug: its callback leaves the network in evaluation mode.
 
@@ -320,7 +332,7 @@ def test_normalized_energies_are_refused_where_there_are_forces(dc, make, train,
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 
 
-@pytest.mark.parametrize("backbone", ["torchmd_net", "equiformer_v2"])
+@each_backbone
 def test_restored_and_continued_is_uninterrupted(make, train, test, tmp_path, backbone):
     folder = str(tmp_path / "run")
     # EquiformerV2's preset has "cosine", which depends on the length, and rows of the history every 5,000 steps.

@@ -30,7 +30,7 @@ def result(tmp_path_factory):
 
 def test_folder_holds_what_is_promised(result):
     _, out, text = result
-    promised = "report.md parity.png learning_curve.png history.csv model baseline md.extxyz".split()
+    promised = "report.html report.md parity.png learning_curve.png history.csv model baseline md.extxyz".split()
     assert all((out / name).exists() for name in promised)
     assert all(name in text for name in promised)
     assert NDeMTorchMDNet.load(out / "model").objective == "ndem"

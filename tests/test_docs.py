@@ -151,7 +151,7 @@ CONSOLE = with_language("console", run=True) + with_language("console", run=Fals
 @pytest.mark.parametrize(("page", "block"), CONSOLE)
 def test_commands_exist(page, block):
     """Options of ``ndem-zoo`` are parsed, not run; targets of ``make`` are in the Makefile; scripts exist."""
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     for words in commands_of(block):
         if words[0] == "make":
             assert set(words[1:]) <= targets
@@ -170,9 +170,9 @@ def test_commands_exist(page, block):
 
 
 def test_targets_of_make_in_prose_exist():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     for page in PAGES:
-        for words in re.findall(r"`make ([a-z -]+)`", page.read_text(encoding="utf-8")):
+        for words in re.findall(r"`make ([a-z0-9 -]+)`", page.read_text(encoding="utf-8")):
             assert set(words.split()) <= targets, page
 
 
@@ -188,10 +188,10 @@ def test_command_line_page_runs(tmp_path, monkeypatch, capsys):
         if block.language == "console" and block.no_run is None
         for words in commands_of(block)
     ]
-    assert [words[1] for words in commands] == ["train", "evaluate", "predict", "md", "info", "bench"]
+    assert [words[1] for words in commands] == ["train", "evaluate", "predict", "md", "info", "report", "bench"]
     for words in commands:
         assert run(words[1:]) == 0, (words, capsys.readouterr().err)
-    for file in ("metrics.json", "split.json", "history.csv", "model/config.json"):
+    for file in ("metrics.json", "split.json", "history.csv", "predictions.npz", "model/config.json"):
         assert (tmp_path / "runs" / "first" / file).is_file()
 
 

@@ -57,7 +57,9 @@ def ethanol_frames(ethanol):
 @pytest.fixture(scope="module")
 def fitted(ethanol_frames):
     """Every force field that needs no further package, ready for ethanol."""
-    return {name: make_force_field(name).fit(ethanol_frames[0]) for name in ("pairs", "valence", "mmff94", "mmff94+pairs")}
+    return {
+        name: make_force_field(name).fit(ethanol_frames[0]) for name in ("pairs", "valence", "mmff94", "mmff94+pairs")
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- what all must do
@@ -91,7 +93,9 @@ def test_turned_shifted_mirrored(fitted, ethanol_frames, name):
 def test_saved_constants_make_the_same_force_field(fitted, ethanol_frames, name):
     copy = make_force_field(name)
     copy.load_state_dict({key: value.clone() for key, value in fitted[name].state_dict().items()})
-    for one, other in zip(copy.columns(ethanol_frames[1]).values(), fitted[name].columns(ethanol_frames[1]).values(), strict=True):
+    for one, other in zip(
+        copy.columns(ethanol_frames[1]).values(), fitted[name].columns(ethanol_frames[1]).values(), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
     before = [buffer.dtype for buffer in copy.buffers()]
     assert [buffer.dtype for buffer in copy.float().buffers()] == before
@@ -226,7 +230,9 @@ def test_pair_potential_in_a_crystal():
         structures.append(atoms)
     dataset = labeled(structures, lambda atoms: (0.0, rng.standard_normal((len(atoms), 3))))
     fitted = PairPotential().fit(dataset)
-    one, two = (fitted.columns(MolecularDataset.from_atoms([a])) for a in (structures[0], structures[0].repeat((2, 1, 1))))
+    one, two = (
+        fitted.columns(MolecularDataset.from_atoms([a])) for a in (structures[0], structures[0].repeat((2, 1, 1)))
+    )
     assert two["energy"][0] == pytest.approx(2 * one["energy"][0])
     np.testing.assert_allclose(two["forces"][: len(structures[0])], one["forces"], atol=1e-9)
 
@@ -295,8 +301,16 @@ def test_isomers_with_equal_elements_are_refused():
     from ase.build import molecule
 
     ethanol, ether = molecule("CH3CH2OH"), molecule("CH3OCH3")
-    ether = ether[[*np.flatnonzero(ether.numbers == 6), *np.flatnonzero(ether.numbers == 8), *np.flatnonzero(ether.numbers == 1)]]
-    ethanol = ethanol[[*np.flatnonzero(ethanol.numbers == 6), *np.flatnonzero(ethanol.numbers == 8), *np.flatnonzero(ethanol.numbers == 1)]]
+    ether = ether[
+        [*np.flatnonzero(ether.numbers == 6), *np.flatnonzero(ether.numbers == 8), *np.flatnonzero(ether.numbers == 1)]
+    ]
+    ethanol = ethanol[
+        [
+            *np.flatnonzero(ethanol.numbers == 6),
+            *np.flatnonzero(ethanol.numbers == 8),
+            *np.flatnonzero(ethanol.numbers == 1),
+        ]
+    ]
     dataset = labeled([ethanol, ether], morse)
     with pytest.raises(DataError, match="structures . and . have the same elements in the same order but other bonds"):
         make_force_field("valence").fit(dataset)
@@ -316,7 +330,10 @@ def test_other_molecules_are_refused(fitted):
 
 def test_ridge_is_the_least_squares_solution_and_its_error_that_of_left_out_folds():
     rng = np.random.default_rng(0)
-    rows, truth = torch.as_tensor(rng.standard_normal((90, 4))), torch.tensor([1.0, -2.0, 0.0, 3.0], dtype=torch.float64)
+    rows, truth = (
+        torch.as_tensor(rng.standard_normal((90, 4))),
+        torch.tensor([1.0, -2.0, 0.0, 3.0], dtype=torch.float64),
+    )
     y = rows @ truth + 0.1 * torch.as_tensor(rng.standard_normal(90))
     parts = [slice(i, i + 30) for i in (0, 30, 60)]
     free = torch.zeros(10, dtype=torch.bool)
@@ -351,7 +368,11 @@ def test_fixed_atoms_do_not_count(monkeypatch):
     fixed = np.zeros(len(dataset.z), dtype=bool)
     fixed[dataset.ptr[:-1]] = True
     nonsense[fixed] = 1e3
-    columns = {**dataset.columns(), "fixed": fixed, "targets": {"energy": dataset.targets["energy"], "forces": nonsense}}
+    columns = {
+        **dataset.columns(),
+        "fixed": fixed,
+        "targets": {"energy": dataset.targets["energy"], "forces": nonsense},
+    }
     found = PairPotential().fit(MolecularDataset(**columns)).subtract(dataset).targets["forces"]
     assert np.sqrt(np.square(found).mean()) < 0.03 * np.sqrt(np.square(dataset.targets["forces"]).mean())
 

@@ -97,15 +97,15 @@ def test_energy_by_the_trapezoid_rule(ethanol):
 
 def test_an_independent_head_with_c_over_sigma_is_the_papers_ndem(ethanol):
     """Same noise, same head: F'(X~) against F(X) - c epsilon, with c = scale / sigma, is the paper's term."""
-    model = NDeMTorchMDNet(objective="supervised", backbone_options={"hidden_channels": 16, "num_layers": 1, "num_heads": 2})
+    model = NDeMTorchMDNet(
+        objective="supervised", backbone_options={"hidden_channels": 16, "num_layers": 1, "num_heads": 2}
+    )
     potential = model.set_params(progress=False, scale=0.8).fit(ethanol.select([0, 1]), max_steps=1).potential_
     potential = potential.double().train()
     batch = ethanol.select([3, 4, 5]).to_batch(5.0, torch.float64)
     noise = {"sigma": 0.05, "ratio": 0.5}
     paper = NDeM(options={**noise, "grad_main": "label"})
-    ours = NDeMCurvature(
-        options={**noise, "curvature": "isotropic", "constant": 0.8 / 0.05, "head": "independent"}
-    )
+    ours = NDeMCurvature(options={**noise, "curvature": "isotropic", "constant": 0.8 / 0.05, "head": "independent"})
     for objective in (paper, ours):
         objective.build(potential, ethanol.select([0]))
         objective.double()
@@ -123,7 +123,7 @@ def test_one_pass_moves_some_and_weighs_them():
     objective, potential, batch, rng = harmonic(curvature="isotropic", constant=0.0, probability=0.3, energy=False)
     objective.weight = 0.25
     found = objective(potential, batch, rng)
-    moved, noise = objective.displace(potential, batch, torch.Generator().manual_seed(0))
+    _moved, noise = objective.displace(potential, batch, torch.Generator().manual_seed(0))
     per_atom = 30.0 * (STIFFNESS * noise.epsilon).square().mean(-1)
     assert 0 < noise.mask.double().mean() < 1
     assert float(found["forces"].detach()) == pytest.approx(0.25 * float(per_atom.mean()), rel=1e-9)
@@ -191,7 +191,10 @@ def test_weight_of_the_energy_can_be_left_out():
         ({"curvature": "valence", "constant": 3.0}, "constant=3.0 with curvature='valence'"),
         ({"probability": 0.5, "head": "both"}, "probability=0.5 with head='both': one pass serves the main head only"),
         ({"curvature": "learned_springs", "head": "independent"}, "learned springs need the main head"),
-        ({"curvature": "springs", "confidence": "closed_form"}, "needs a force field's error; curvature='springs' has none"),
+        (
+            {"curvature": "springs", "confidence": "closed_form"},
+            "needs a force field's error; curvature='springs' has none",
+        ),
         ({"head": "noisy"}, "head='noisy'; allowed are main, independent, both"),
         ({"length": 0.0}, "length=0.0; it must be positive"),
         ({"sigma_schedule": "cosine"}, "allowed are constant, decay"),

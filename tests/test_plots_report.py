@@ -203,7 +203,7 @@ def test_report_file_embeds_figures_that_exist(tmp_path):
     text = path.read_text(encoding="utf-8")
     assert cells(text, "drift of the total energy (meV/atom/ps)") == ["-0.0123"]
     figures = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert figures == ["learning_curve.png"]
+    assert figures == ["learning_curve.png", "element_errors.png"]
     assert all((path.parent / name).is_file() for name in figures)
     with pytest.raises(ConfigError, match="its own name"):
         write_report(path, [first, first])

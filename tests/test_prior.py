@@ -25,7 +25,9 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def data(ethanol):
-    return tuple(ethanol.select(rows) for rows in (np.arange(0, 400, 10), np.arange(5, 105, 10), np.arange(1005, 1205, 10)))
+    return tuple(
+        ethanol.select(rows) for rows in (np.arange(0, 400, 10), np.arange(5, 105, 10), np.arange(1005, 1205, 10))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,9 @@ def test_prediction_is_network_plus_prior(model, data):
         network = model.predict(test)
     prior = potential.prior.columns(test)
     np.testing.assert_allclose(found["energy"], network["energy"] + prior["energy"], atol=1e-5)
-    np.testing.assert_allclose(found["forces"].reshape(-1, 3), network["forces"].reshape(-1, 3) + prior["forces"], atol=1e-5)
+    np.testing.assert_allclose(
+        found["forces"].reshape(-1, 3), network["forces"].reshape(-1, 3) + prior["forces"], atol=1e-5
+    )
     assert np.abs(network["forces"]).max() > 1e-6
     assert np.abs(prior["forces"]).max() > 1.0
 
@@ -113,7 +117,10 @@ def test_labels_that_are_a_force_field_leave_nothing_to_learn(data):
     [
         ({"prior": "uff"}, "no force field 'uff'"),
         ({"prior": "valence", "target": "gap"}, "prior='valence' with target='gap': force fields have energies only"),
-        ({"prior": "pairs", "backbone_options": {"cutoff": 4.0}}, "needs all neighbors up to 5.0 Å; the backbone sees 4.0 Å"),
+        (
+            {"prior": "pairs", "backbone_options": {"cutoff": 4.0}},
+            "needs all neighbors up to 5.0 Å; the backbone sees 4.0 Å",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(data, keywords, message):

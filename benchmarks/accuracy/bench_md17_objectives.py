@@ -20,9 +20,16 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.accuracy.paired import ALLOCATOR, mean_and_spread, paired_difference  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -158,26 +165,14 @@ def table(record: dict[str, Any]) -> str:
         ]
         base = {r["seed"]: r["test"]["forces_mae_kcal"] for r in runs["supervised"]}
         for name, found in runs.items():
-            force = [r["test"]["forces_mae_kcal"] for r in found]
+            force = {r["seed"]: r["test"]["forces_mae_kcal"] for r in found}
             energy = [r["test"]["energy_mae_kcal"] for r in found]
-            paired = [r["seed"] for r in found if r["seed"] in base]
-            pairs = [r["test"]["forces_mae_kcal"] - base[r["seed"]] for r in found if r["seed"] in base]
-            relative = 100 * sum(pairs) / sum(base[seed] for seed in paired) if paired else float("nan")
-            difference = f"{relative:+.1f} % ({statistics.mean(pairs):+.4f} ± {_error(pairs):.4f})" if paired else ""
+            difference = "" if name == "supervised" else paired_difference(force, base)
             lines.append(
                 f"| {name} | {found[0]['steps']:,} | {len(found)} | {record['step_times'][name]['ratio']:.2f} | "
-                f"{statistics.mean(force):.4f} ± {_spread(force):.4f} | {'' if name == 'supervised' else difference} | "
-                f"{statistics.mean(energy):.4f} ± {_spread(energy):.4f} |"
+                f"{mean_and_spread(list(force.values()))} | {difference} | {mean_and_spread(energy)} |"
             )
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else float("nan")
-
-
-def _error(values: list[float]) -> float:
-    return _spread(values) / len(values) ** 0.5
 
 
 def main() -> None:
@@ -197,8 +192,7 @@ def main() -> None:
     args = parser.parse_args()
     from ndem_zoo.checkpoint import save_json, write_text
 
-    # glibc otherwise returns the large temporaries of every step to the system and faults them in again (-20 % time).
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+    os.environ |= ALLOCATOR
     context = multiprocessing.get_context("spawn")
     out = args.out or RESULTS / f"md17_{args.molecule}_objectives.json"
     record = json.loads(out.read_text()) if out.exists() else {}

@@ -28,7 +28,7 @@ from ndem_zoo.forcefields.molecules import (
 )
 from ndem_zoo.graph import Batch
 from ndem_zoo.optional import require
-from ndem_zoo.physics import KCAL_PER_MOL, safe_norm
+from ndem_zoo.physics import KCAL_PER_MOL
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
@@ -165,7 +165,9 @@ def _constants(mol: Mol) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     properties = helpers.MMFFGetMoleculeProperties(mol, mmffVariant="MMFF94")
     if properties is None:
         smiles = require("rdkit.Chem", extra="chem").MolToSmiles(mol)
-        raise DataError(f"MMFF94 has no atom types for the molecule {smiles}; use the force fields 'valence' or 'pairs'")
+        raise DataError(
+            f"MMFF94 has no atom types for the molecule {smiles}; use the force fields 'valence' or 'pairs'"
+        )
     terms = {name: _Rows(*widths) for name, widths in _WIDTHS.items()}
     found = find_terms(mol)
     lengths = {}

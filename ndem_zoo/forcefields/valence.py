@@ -133,7 +133,9 @@ class ValenceForceField(LinearForceField):
         average = _Averages(dataset, keys, found)
         for name, group in GROUPS.items():
             numbers: dict[tuple, int] = {}
-            atoms = [np.array([row for row, _ in m.terms[name]], dtype=np.int64).reshape(-1, group.width) for m in found]
+            atoms = [
+                np.array([row for row, _ in m.terms[name]], dtype=np.int64).reshape(-1, group.width) for m in found
+            ]
             kinds = [
                 np.array([numbers.setdefault(kind, len(numbers)) for _, kind in m.terms[name]]).reshape(-1, 1)
                 for m in found
@@ -239,7 +241,10 @@ def _surroundings(z: list[int], neighbors: list[list[int]]) -> list[tuple]:
     """Each atom's element, those of its neighbors, and those of theirs. Choice: two bonds far."""
     kinds: list[tuple] = [(number,) for number in z]
     for _ in range(2):
-        kinds = [(kinds[atom][0], *sorted(map(repr, (kinds[other] for other in around)))) for atom, around in enumerate(neighbors)]
+        kinds = [
+            (kinds[atom][0], *sorted(map(repr, (kinds[other] for other in around))))
+            for atom, around in enumerate(neighbors)
+        ]
     return kinds
 
 
@@ -270,12 +275,19 @@ class _Averages:
         if name == "bonds":
             return [self._mean(molecule, "bonds", row)]
         if name == "angles":
-            return [self._mean(molecule, "bonds", row[:2]), self._mean(molecule, "bonds", row[1:]), self._mean(molecule, "angles", row)]
+            return [
+                self._mean(molecule, "bonds", row[:2]),
+                self._mean(molecule, "bonds", row[1:]),
+                self._mean(molecule, "angles", row),
+            ]
         if name == "bends":
             center, *ends = row
             return [self._mean(molecule, "angles", (ends[i], center, ends[i + 1])) for i in (0, 2)]
         if name == "torsions":
-            return [self._mean(molecule, "bonds", row[1:3]), *(self._mean(molecule, "angles", row[i : i + 3]) for i in (0, 1))]
+            return [
+                self._mean(molecule, "bonds", row[1:3]),
+                *(self._mean(molecule, "angles", row[i : i + 3]) for i in (0, 1)),
+            ]
         return []
 
     def _mean(self, molecule: _MoleculeTerms, name: str, row: Row) -> float:
@@ -283,4 +295,3 @@ class _Averages:
         if found is None:
             raise DataError(f"atoms {list(row)} have no {name} in the training data")
         return found
-

@@ -51,7 +51,9 @@ class GFN2xTB(ForceField):
         bad = np.flatnonzero(dataset.z > _HEAVIEST)
         if len(bad):
             number = int(np.searchsorted(dataset.ptr, bad[0], side="right")) - 1
-            raise DataError(f"structure {number}: atomic number {int(dataset.z[bad[0]])}; GFN2-xTB knows 1 to {_HEAVIEST}")
+            raise DataError(
+                f"structure {number}: atomic number {int(dataset.z[bad[0]])}; GFN2-xTB knows 1 to {_HEAVIEST}"
+            )
 
     def energy(self, batch: Batch) -> Float[Tensor, " S"]:
         """Not differentiable: forces come from the method itself."""

@@ -20,7 +20,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 
 from ndem_zoo import checkpoint as files
-from ndem_zoo import registry
+from ndem_zoo import provenance, registry
 from ndem_zoo._version import __version__
 from ndem_zoo.card import model_card
 from ndem_zoo.datasets.base import MolecularDataset, as_dataset
@@ -125,6 +125,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         Reference energies in eV by chemical symbol, of all elements of the training data.
     resolved_ : dict
         All settings after the preset was applied.
+    training_data_, provenance_ : dict
+        What was learned from; versions, machine and the last `evaluate`. See `ndem_zoo.provenance`.
     """
 
     backbone_name: ClassVar[str]
@@ -321,12 +323,10 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
     ) -> NDeMModel:
         """Run the loop and keep its history."""
         self.potential_.backbone.use_plan(self._plan(), torch_device(self.device))
-        self.training_data_ = {
-            "name": train_set.name,
-            "n_train": len(train_set),
-            "n_valid": 0 if valid_set is None else len(valid_set),
-            "split_hash": train_set.split_hash,
-        }
+        self.training_data_ = _plain(provenance.describe_data(train_set, valid_set, self.training_data_))
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        machine = provenance.machine(torch_device(self.device))
+        self.provenance_ = {"init_from": self.provenance_.get("init_from"), "fit": given, "machine": machine}
         identity = {name: self.resolved_[name] for name in ("backbone", "forces", "scale")}
         with self.potential_.without_prior():  # the labels are less the prior's
             history = train(
@@ -446,7 +446,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         prior, backbone = make_force_field(resolved["prior"]), self._make_backbone(resolved)
         if prior.cutoff > backbone.cutoff or (prior.cutoff and backbone.nearest is not None):
             seen = f"{backbone.cutoff} Å" + ("" if backbone.nearest is None else ", and the nearest neighbors only")
-            raise ConfigError(f"prior={self.prior!r} needs all neighbors up to {prior.cutoff} Å; the backbone sees {seen}")
+            raise ConfigError(
+                f"prior={self.prior!r} needs all neighbors up to {prior.cutoff} Å; the backbone sees {seen}"
+            )
         try:
             return prior.fit(train_set)
         except DataError as error:
@@ -478,6 +480,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.potential_, self.objective_ = potential, objective
         self.reference_ = _by_symbol(reference, train_set.z)
         self.history_ = []
+        self.training_data_ = {}
+        self.provenance_ = {"init_from": None if init_from is None else _origin(source)}
 
     def _rebuild_objective(self, train_set: MolecularDataset) -> None:
         """Take over changed settings; make the objective anew if it is another one."""
@@ -557,10 +561,26 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         found = dataset_metrics(columns, structures)
         if not found:
             raise DataError(f"the dataset has none of {', '.join(columns)} to compare with")
+        self.note_evaluation(structures, found)
         unknown = [name for name in metrics or [] if name not in found]
         if unknown:
             raise ConfigError(f"there is no metric {unknown[0]!r} here; there are {', '.join(found)}")
         return found if metrics is None else {name: found[name] for name in metrics}
+
+    def note_evaluation(self, dataset: MolecularDataset, metrics: dict[str, float], part: str = "") -> None:
+        """Remember errors for the model card; `evaluate` does so by itself, and only the last ones are kept.
+
+        Parameters
+        ----------
+        dataset
+            What they are of.
+        metrics
+            See `ndem_zoo.metrics.dataset_metrics`.
+        part
+            What the data are to the run, such as ``"test"``.
+        """
+        head = {"name": dataset.name, "part": part, "n_structures": len(dataset), "split_hash": dataset.split_hash}
+        self.provenance_["evaluation"] = head | {"metrics": _plain(dict(metrics))}
 
     def score(self, dataset: Any, y: Any = None) -> float:
         """Negative MAE of the force components in eV/Å (of the target in its unit where there are no forces).
@@ -629,6 +649,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             "resolved": _plain(self.resolved_),
             "reference": self.reference_,
             "training_data": self.training_data_,
+            "provenance": self.provenance_,
         }
         with files.atomic_folder(path) as folder:
             files.save_json(folder / "config.json", config)
@@ -678,6 +699,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 raise FileFormatError(f"{path} holds a {config['model']}, not a {cls.__name__}")
             model = model_class(**params | ({} if device is None else {"device": device}))
             model.reference_, model.training_data_ = config["reference"], config["training_data"]
+            model.provenance_ = config.get("provenance", {})  # models of older versions have none
             model._restore(resolved, tensors)
         except (KeyError, TypeError, ConfigError) as error:
             raise FileFormatError(f"{path / 'config.json'} does not describe a model of ours: {error!r}") from error
@@ -778,6 +800,12 @@ def torch_device(name: str) -> torch.device:
         seen = torch.cuda.device_count() or "no"
         raise ConfigError(f"device={name!r}, but torch sees {seen} CUDA devices; device='auto' takes what there is")
     return device
+
+
+def _origin(source: NDeMModel) -> dict[str, Any]:
+    """What is known of the model whose weights another one begins with."""
+    data = source.training_data_
+    return {"model": type(source).__name__, **{name: data.get(name) for name in ("name", "n_train", "split_hash")}}
 
 
 def _settings(resolved: dict[str, Any], limits: dict[str, Any]) -> TrainSettings:

@@ -101,11 +101,15 @@ class NDeMCurvatureOptions(NoiseOptions):
         if self.constant is not None:
             check_not_negative("constant", self.constant)
         if self.probability < 1 and self.head != "main":
-            raise ConfigError(f"probability={self.probability} with head={self.head!r}: one pass serves the main head only")
+            raise ConfigError(
+                f"probability={self.probability} with head={self.head!r}: one pass serves the main head only"
+            )
         if self.curvature == "learned_springs" and (self.head == "independent" or self.probability < 1):
             raise ConfigError("learned springs need the main head's forces before and after: head='main' or 'both'")
         if self.confidence == "closed_form" and self.curvature in NAMED:
-            raise ConfigError(f"confidence='closed_form' needs a force field's error; curvature={self.curvature!r} has none")
+            raise ConfigError(
+                f"confidence='closed_form' needs a force field's error; curvature={self.curvature!r} has none"
+            )
 
 
 class NDeMCurvature(Objective):
@@ -122,7 +126,9 @@ class NDeMCurvature(Objective):
         """Make the curvature for these data, and the independent head if one is asked for."""
         options = self.options
         if options.head != "independent" and potential.force_mode == "none":
-            raise ConfigError("the main head has no forces to learn: use head='independent', or a potential with forces")
+            raise ConfigError(
+                "the main head has no forces to learn: use head='independent', or a potential with forces"
+            )
         needs_head = options.head != "main"
         self.noisy_force_head = potential.backbone.vector_head() if needs_head else None
         self.curvature: Curvature = make_curvature(
@@ -162,9 +168,7 @@ class NDeMCurvature(Objective):
         """The structures after the noise; with one pass, only some of them are moved."""
         options = self.options
         fraction = 1.0 if options.sigma_schedule == "constant" else 1.0 - (1.0 - _LAST_SIGMA) * self.progress
-        return options.displace(
-            batch, rng, potential.backbone.cutoff, probability=options.probability, shrink=fraction
-        )
+        return options.displace(batch, rng, potential.backbone.cutoff, probability=options.probability, shrink=fraction)
 
     def labels(self, batch: Batch, noise: Noise, change: Float[Tensor, "N 3"]) -> dict[str, Tensor]:
         """Labels of the displaced structures: forces, and energies by the trapezoid rule."""
