@@ -242,7 +242,7 @@ def test_pair_potential_refuses_other_elements_and_too_few_neighbors(fitted, eth
     with pytest.raises(DataError, match=r"structure 1: atomic number 17 .* \[1, 6, 8\]"):
         fitted["pairs"].columns(strange)
     batch = ethanol_frames[0].select([0]).to_batch(5.0, torch.float64)
-    with pytest.raises(ConfigError, match="needs all neighbors up to 5.0 Å; the edges are those to the 4 nearest"):
+    with pytest.raises(ConfigError, match=r"needs all neighbors up to 5\.0 Å; the edges are those to the 4 nearest"):
         fitted["pairs"](batch.replace(nearest=Nearest(4)))
 
 
@@ -312,7 +312,7 @@ def test_isomers_with_equal_elements_are_refused():
         ]
     ]
     dataset = labeled([ethanol, ether], morse)
-    with pytest.raises(DataError, match="structures . and . have the same elements in the same order but other bonds"):
+    with pytest.raises(DataError, match=r"structures . and . have the same elements in the same order but other bonds"):
         make_force_field("valence").fit(dataset)
 
 

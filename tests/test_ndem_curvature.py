@@ -60,7 +60,7 @@ def test_labels_are_exact_on_springs(curvature):
 def test_a_wrong_curvature_is_seen(constant):
     """The error is (c - k)² sigma², whatever its sign."""
     if constant < 0:
-        with pytest.raises(ConfigError, match="constant=-1.0; it must be a number >= 0"):
+        with pytest.raises(ConfigError, match=r"constant=-1\.0; it must be a number >= 0"):
             terms_of(curvature="isotropic", constant=constant)
         return
     objective, potential, batch, rng = harmonic(curvature="isotropic", constant=constant)
@@ -248,7 +248,7 @@ def test_springs_of_a_thermal_diatomic_come_back():
     constant, _ = springs.stiffness(dataset.select(np.arange(4000)).to_batch(3.0, torch.float64))
     assert float(constant.mean()) == pytest.approx(k, rel=0.05)
     assert float(springs.factors[1, 1]) == 1.0  # no such bonds: Lindh's own
-    with pytest.raises(ConfigError, match="temperature=0.0 K"):
+    with pytest.raises(ConfigError, match=r"temperature=0\.0 K"):
         fitted_springs(dataset, 0.0)
 
 

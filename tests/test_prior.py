@@ -69,7 +69,7 @@ def test_saved_and_loaded(model, data, tmp_path):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["resolved"]["prior"] == "valence"
     weights = tmp_path / "model" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="weights.safetensors"):
+    with pytest.raises(ValueError, match=r"weights\.safetensors"):
         NDeMModel.load(tmp_path / "model")
 
 
