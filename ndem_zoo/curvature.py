@@ -1,12 +1,15 @@
-"""What a small displacement does to the forces: dF = -K epsilon, for different models of the curvature K.
+"""What a displacement does to the forces: dF = -K epsilon, for different models of the curvature K, or beyond first order.
 
-A `Curvature` answers one question, `force_change(batch, epsilon)`. NDeM's paper takes K = c * identity; that and one
-constant per element are here. A new model is one more subclass.
+A `Curvature` answers one question, `force_change(batch, epsilon)`. NDeM's paper takes K = c * identity; here are also one
+constant per element, springs between atoms, the difference that a force field makes (`ndem_zoo.forcefields`), and the
+Hessian of the potential in training. `explained` tells what share of true force changes each gets right.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,16 +17,34 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ndem_zoo.errors import ConfigError, DataError
-from ndem_zoo.graph import Batch
-from ndem_zoo.physics import BOLTZMANN, MAX_Z
+from ndem_zoo.graph import Batch, displace, sum_by_index
+from ndem_zoo.internal_coordinates import lindh_stiffness
+from ndem_zoo.physics import BOLTZMANN, MAX_Z, hessian_vector_product, safe_norm
+
+if TYPE_CHECKING:
+    from ndem_zoo.datasets.base import MolecularDataset
+    from ndem_zoo.forcefields.base import ForceField
+    from ndem_zoo.models.potential import Potential
 
 
 class Curvature(nn.Module, ABC):
     """A model of how forces change when atoms move."""
 
     @abstractmethod
-    def force_change(self, batch: Batch, epsilon: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
-        """F(X + epsilon) - F(X) in eV/Å for displacements in Å, to first order."""
+    def force_change(
+        self, batch: Batch, epsilon: Float[Tensor, "N 3"], moved: Batch | None = None
+    ) -> Float[Tensor, "N 3"]:
+        """F(X + epsilon) - F(X) in eV/Å for displacements in Å.
+
+        Parameters
+        ----------
+        batch
+            Structures before they are moved.
+        epsilon : (N, 3)
+            Displacements in Å.
+        moved
+            The batch afterwards, with edges of its own, where it is there already.
+        """
 
 
 class ElementCurvature(Curvature):
@@ -47,7 +68,9 @@ class ElementCurvature(Curvature):
             raise ConfigError(f"curvatures must be {MAX_Z + 1} numbers >= 0 in eV/Å², received {constants}")
         self.register_buffer("constants", torch.as_tensor(constants))
 
-    def force_change(self, batch: Batch, epsilon: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+    def force_change(
+        self, batch: Batch, epsilon: Float[Tensor, "N 3"], moved: Batch | None = None
+    ) -> Float[Tensor, "N 3"]:
         """-c[z_i] epsilon_i in eV/Å."""
         return -self.constants.index_select(0, batch.z).to(epsilon.dtype).unsqueeze(-1) * epsilon
 
@@ -93,3 +116,325 @@ def boltzmann(z: np.ndarray, forces: np.ndarray, temperature: float) -> ElementC
     total = np.bincount(z, weights=square, minlength=MAX_Z + 1)
     number = np.maximum(np.bincount(z, minlength=MAX_Z + 1), 1)
     return ElementCurvature(total / number / (BOLTZMANN * temperature))
+
+
+class Springs(Curvature):
+    """Springs along the lines between atoms: dF_i = -sum_j k_ij u_ij (u_ij . (epsilon_i - epsilon_j)).
+
+    k_ij is Lindh's, exponential in the squared distance, times a factor for the pair of elements: bonds need not be known,
+    nets of atoms in a crystal have springs as molecules have.
+
+    Parameters
+    ----------
+    factors : (MAX_Z + 1, MAX_Z + 1), optional
+        Symmetric factors >= 0; default 1, Lindh's own.
+    is_learned
+        Whether the factors are weights, for objectives that let the model tell them.
+
+    Notes
+    -----
+    Translations and, to first order, rotations of the whole change nothing. Edges beyond a few Å have springs of no
+    strength, so a batch's edges serve, whatever their cutoff.
+    """
+
+    def __init__(self, factors: Float[np.ndarray, "Z Z"] | None = None, is_learned: bool = False) -> None:
+        super().__init__()
+        table = np.ones((MAX_Z + 1, MAX_Z + 1)) if factors is None else np.asarray(factors, dtype=np.float64)
+        if table.shape != (MAX_Z + 1, MAX_Z + 1) or not np.isfinite(table).all() or (table < 0).any():
+            raise ConfigError(f"factors of springs must be finite and >= 0, of shape {(MAX_Z + 1,) * 2}")
+        # A learned factor is the exponential of a weight: it stays positive.
+        self.exponents = nn.Parameter(torch.zeros(table.shape, dtype=torch.float64)) if is_learned else None
+        self.register_buffer("factors", torch.as_tensor(table))
+
+    def stiffness(self, batch: Batch) -> tuple[Float[Tensor, " E"], Float[Tensor, "E 3"]]:
+        """Spring constant of each edge in eV/Å², and its direction."""
+        vectors = batch.vectors().double()
+        distance = safe_norm(vectors)
+        direction = vectors / distance.masked_fill(distance == 0, 1.0).unsqueeze(-1)
+        ends = batch.z.index_select(0, batch.dst), batch.z.index_select(0, batch.src)
+        factor = self.factors[ends]
+        if self.exponents is not None:
+            factor = factor * torch.exp(0.5 * (self.exponents[ends] + self.exponents[ends[::-1]]))
+        return factor * lindh_stiffness(*ends, distance), direction
+
+    def force_change(
+        self, batch: Batch, epsilon: Float[Tensor, "N 3"], moved: Batch | None = None
+    ) -> Float[Tensor, "N 3"]:
+        """Forces of the springs after the displacement, to first order, in eV/Å."""
+        constant, direction = self.stiffness(batch)
+        ends = epsilon.double()
+        stretch = (direction * (ends.index_select(0, batch.dst) - ends.index_select(0, batch.src))).sum(-1)
+        pull = -(constant * stretch).unsqueeze(-1) * direction
+        return sum_by_index(pull, batch.dst, len(batch.z)).to(epsilon.dtype)
+
+
+def fitted_springs(dataset: MolecularDataset, temperature: float, cutoff: float = 3.0) -> Springs:
+    """Springs whose factors come from the covariance of the training forces.
+
+    Parameters
+    ----------
+    dataset
+        A thermal sample with forces, drawn from the surface that the forces belong to.
+    temperature
+        Of the sample in K.
+    cutoff
+        Longest pair in Å that is looked at. Choice: 3, beyond bonds.
+
+    Raises
+    ------
+    DataError
+        If there are no forces.
+    ConfigError
+        If the temperature is not positive.
+
+    Notes
+    -----
+    Eq. For a Boltzmann sample and any field g, <g . F> = -kT <div g>. With g = u (u . F_j) on atom i and u the direction from
+    i to j, this is <(u . F_i)(u . F_j)> = kT (<u H_ij u> + 2 <u . F_j / r>), and a spring has u H_ij u = -k. Factors are the
+    least-squares ones over the bonds of two elements (pairs with a tenth of the strongest spring or more), at least 0; 1 where
+    there are none.
+    """
+    if not temperature > 0:
+        raise ConfigError(f"temperature={temperature!r} K; it must be positive")
+    if "forces" not in dataset.targets:
+        raise DataError(f"springs are fitted to forces; the dataset has {dataset.tasks}")
+    rule, kT = Springs(), BOLTZMANN * temperature
+    right, square = (torch.zeros((MAX_Z + 1) ** 2, dtype=torch.float64) for _ in range(2))
+    for start in range(0, len(dataset), 256):
+        batch = dataset.select(slice(start, start + 256)).to_batch(cutoff, torch.float64)
+        constant, direction = rule.stiffness(batch)
+        distance, forces = safe_norm(batch.vectors()), batch.targets["forces"]
+        near, far = ((direction * forces.index_select(0, atoms)).sum(-1) for atoms in (batch.dst, batch.src))
+        observed = 2 * far / distance - near * far / kT
+        kind = batch.z.index_select(0, batch.dst) * (MAX_Z + 1) + batch.z.index_select(0, batch.src)
+        is_near = (constant >= 0.1 * constant.max()).double()
+        right.index_add_(0, kind, constant * observed * is_near)
+        square.index_add_(0, kind, constant.square() * is_near)
+    both = [values.view(MAX_Z + 1, -1) + values.view(MAX_Z + 1, -1).T for values in (right, square)]
+    fitted = (both[0] / both[1].clamp(min=1e-300)).clamp(min=0.0)
+    return Springs(torch.where(both[1] > 0, fitted, torch.ones_like(fitted)).numpy())
+
+
+class ForceFieldDifference(Curvature):
+    """What a force field says after the displacement less what it says before: exact at any size of displacement.
+
+    Parameters
+    ----------
+    force_field
+        Fitted.
+    less
+        A prior to which the difference is learned: what it changes is taken off.
+    """
+
+    def __init__(self, force_field: ForceField, less: ForceField | None = None) -> None:
+        super().__init__()
+        self.force_field = force_field
+        self.__dict__["less"] = less  # not ours: the potential keeps it
+
+    def force_change(
+        self, batch: Batch, epsilon: Float[Tensor, "N 3"], moved: Batch | None = None
+    ) -> Float[Tensor, "N 3"]:
+        """Difference of the forces in eV/Å."""
+        if moved is None:
+            moved = displace(batch, epsilon, self.force_field.cutoff)
+        change = self.force_field(moved).forces - self.force_field(batch).forces
+        if self.less is not None:
+            change = change - (self.less(moved).forces - self.less(batch).forces)
+        return change.to(epsilon.dtype)
+
+
+class NoChange(Curvature):
+    """Forces stay as they are: noise as plain augmentation; right for what is left beyond a good prior."""
+
+    def force_change(
+        self, batch: Batch, epsilon: Float[Tensor, "N 3"], moved: Batch | None = None
+    ) -> Float[Tensor, "N 3"]:
+        """Zeros."""
+        return torch.zeros_like(epsilon)
+
+
+class ModelHessian(Curvature):
+    """The Hessian of a potential itself: -H epsilon by one more derivative, detached.
+
+    Parameters
+    ----------
+    potential
+        With gradient forces; not a part of this module.
+    """
+
+    def __init__(self, potential: Potential) -> None:
+        super().__init__()
+        if potential.force_mode != "gradient":
+            raise ConfigError(f"a potential with forces={potential.force_mode!r} has no Hessian: use 'gradient'")
+        self.__dict__["potential"] = potential
+
+    def force_change(
+        self, batch: Batch, epsilon: Float[Tensor, "N 3"], moved: Batch | None = None
+    ) -> Float[Tensor, "N 3"]:
+        """-H epsilon in eV/Å, of the network as it is now."""
+        backbone = self.potential.backbone
+        plan, backbone.plan = backbone.plan, "eager"  # hand-written derivatives go one order less far
+        try:
+            with torch.enable_grad():
+                pos = batch.pos.detach().requires_grad_()
+                forces = self.potential(batch.replace(pos=pos), create_graph=True).forces
+                return -hessian_vector_product(forces, pos, epsilon.detach()).detach()
+        finally:
+            backbone.plan = plan
+
+
+# ------------------------------------------------------------------------------------------------------ what is explained
+
+
+def explained(
+    curvature: Curvature,
+    dataset: MolecularDataset,
+    reference: Any,
+    sigmas: Iterable[float] = (0.01, 0.02, 0.05, 0.1),
+    seed: int = 0,
+) -> dict[float, float]:
+    """Share of true force changes under Gaussian noise that a curvature gets right.
+
+    Parameters
+    ----------
+    curvature
+        The model.
+    dataset
+        Structures to displace, all atoms that are not fixed.
+    reference
+        What is true: a `ForceField`, a fitted model of ours, or an ASE calculator.
+    sigmas
+        Standard deviations in Å.
+    seed
+        Of the noise.
+
+    Returns
+    -------
+    share : dict
+        1 - sum |dF - predicted|² / sum |dF|² by sigma: 1 is all, 0 what "no change" gets, and it can be negative.
+    """
+    rng = np.random.default_rng(seed)
+    free = np.ones((len(dataset.z), 1)) if dataset.fixed is None else ~dataset.fixed[:, None]
+    before = reference_forces(reference, dataset)
+    found = {}
+    for sigma in sigmas:
+        moved = dataset.replace_positions(dataset.pos + sigma * rng.standard_normal(dataset.pos.shape) * free)
+        truth = reference_forces(reference, moved) - before
+        found[float(sigma)] = explained_between(curvature, dataset, moved, truth)
+    return found
+
+
+def explained_between(
+    curvature: Curvature,
+    before: MolecularDataset,
+    after: MolecularDataset,
+    change: Float[np.ndarray, "A 3"] | None = None,
+) -> float:
+    """Share of the force changes between structures and moved ones that a curvature gets right; see `explained`.
+
+    Parameters
+    ----------
+    curvature
+        The model.
+    before, after
+        The same structures at two moments, such as neighboring frames of a trajectory. Atoms must not have been wrapped
+        into the cell in between.
+    change : (A, 3), optional
+        True changes of the forces in eV/Å; default the difference of the labels. Fixed atoms do not count.
+
+    Raises
+    ------
+    DataError
+        If the two do not hold the same atoms.
+    """
+    if len(before) != len(after) or not np.array_equal(before.z, after.z) or not np.array_equal(before.ptr, after.ptr):
+        raise DataError("the structures before and after must have the same atoms in the same order")
+    change = after.targets["forces"] - before.targets["forces"] if change is None else change
+    cutoff = max(6.0, getattr(getattr(curvature, "force_field", None), "cutoff", 0.0))
+    error = total = 0.0
+    for start in range(0, len(before), 64):
+        part = slice(start, start + 64)
+        batch, moved = (d.select(part).to_batch(cutoff, torch.float64) for d in (before, after))
+        atoms = slice(before.ptr[start], before.ptr[min(start + 64, len(before))])
+        truth = torch.as_tensor(change[atoms])
+        guess = curvature.force_change(batch, moved.pos - batch.pos, moved).detach().double()
+        free = (~batch.fixed).double().unsqueeze(-1)
+        error += float(((truth - guess) * free).square().sum())
+        total += float((truth * free).square().sum())
+    return 1.0 - error / total if total else float("nan")
+
+
+def reference_forces(reference: Any, dataset: MolecularDataset) -> Float[np.ndarray, "A 3"]:
+    """Forces in eV/Å of all structures, from a force field, a model of ours, or an ASE calculator."""
+    if hasattr(reference, "columns"):
+        return reference.columns(dataset)["forces"]
+    if hasattr(reference, "predict"):
+        return np.concatenate([np.asarray(f).reshape(-1, 3) for f in reference.predict(dataset)["forces"]])
+    if not hasattr(reference, "get_forces"):
+        raise ConfigError(f"{reference!r} gives no forces: pass a ForceField, a fitted model, or an ASE calculator")
+    return np.concatenate([reference.get_forces(dataset.atoms(i)) for i in range(len(dataset))])
+
+
+# ----------------------------------------------------------------------------------------------------------------- by name
+
+#: Curvatures that are not force fields, by name.
+NAMED = ("none", "isotropic", "element", "springs", "lindh", "learned_springs", "model")
+
+
+def make_curvature(
+    name: str, potential: Potential, dataset: MolecularDataset | None, *, constant: float | None, temperature: float
+) -> Curvature:
+    """The curvature of a name, made for training data.
+
+    Parameters
+    ----------
+    name
+        One of `NAMED`: ``"none"``; ``"isotropic"``, with `constant` in eV/Å²; ``"element"``, `boltzmann`; ``"springs"``,
+        `fitted_springs`; ``"lindh"``, springs with Lindh's constants; ``"learned_springs"``; ``"model"``, `ModelHessian`. Or
+        a force field of `ndem_zoo.registry.FORCE_FIELDS`, or a sum of them.
+    potential
+        In training; a prior that it has is taken into account.
+    dataset
+        The training data, less the prior; None if constants are loaded afterwards.
+    constant, temperature
+        See `name`; K.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of this name, or it does not go with the prior.
+    """
+    from ndem_zoo.forcefields import make_force_field
+    from ndem_zoo.forcefields.linear import LinearForceField
+
+    prior = potential.prior
+    if name in ("element", "springs", "lindh", "learned_springs") and prior is not None:
+        raise ConfigError(
+            f"curvature={name!r} describes whole forces; with a prior use a force field, 'model' or 'none'"
+        )
+    if name == "none":
+        return NoChange()
+    if name == "isotropic":
+        return isotropic(0.0 if constant is None else constant)
+    if name == "element":
+        return isotropic(0.0) if dataset is None else boltzmann(dataset.z, dataset.targets["forces"], temperature)
+    if name in ("lindh", "learned_springs"):
+        return Springs(is_learned=name == "learned_springs")
+    if name == "springs":
+        return Springs() if dataset is None else fitted_springs(dataset, temperature)
+    if name == "model":
+        return ModelHessian(potential)
+    try:
+        force_field = make_force_field(name)
+    except ConfigError as error:
+        raise ConfigError(f"curvature={name!r}; allowed are {', '.join(NAMED)}, or a force field: {error}") from error
+    # What is fitted to the labels describes what the prior left; what is published describes whole forces.
+    parts = getattr(force_field, "parts", [force_field])
+    is_whole = not all(isinstance(part, LinearForceField) for part in parts)
+    if is_whole and prior is not None and len(parts) > 1:
+        raise ConfigError(
+            f"curvature={name!r} with a prior: name one force field, or make it the prior with curvature='none'"
+        )
+    if dataset is not None:
+        force_field.fit(dataset)
+    return ForceFieldDifference(force_field, prior if is_whole else None)

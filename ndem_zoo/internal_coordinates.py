@@ -126,18 +126,34 @@ def lindh_constants(z: Int[Tensor, " N"], pos: Float[Tensor, "N 3"], terms: Term
     Eq. rho_ij = exp(a_ij (r0_ij² - r_ij²)); k_ij = 0.45 rho_ij, k_ijk = 0.15 rho_ij rho_jk and
     k_ijkl = 0.005 rho_ij rho_jk rho_kl, in Hartree and bohr.
     """
-    rows = (z > 2).long() + (z > 10).long()  # (N,): 0 for hydrogen and helium, 1 for lithium to neon, 2 for all others
 
     def rho(a: Tensor, b: Tensor) -> Tensor:
-        square = (pos[a] - pos[b]).square().sum(-1) / units.Bohr**2
-        decay, distance = (_by_rows(table, rows[a], rows[b], square) for table in (LINDH_DECAY, LINDH_DISTANCE))
-        return torch.exp(decay * (distance.square() - square))
+        return _lindh_rho(z[a], z[b], (pos[a] - pos[b]).square().sum(-1))
 
     bonds, angles, torsions = (t.unbind(-1) for t in (terms.bonds, terms.angles, terms.torsions))
     stretch = LINDH_BOND * units.Hartree / units.Bohr**2 * rho(*bonds)
     bend = LINDH_ANGLE * units.Hartree * rho(*angles[:2]) * rho(*angles[1:])
     twist = LINDH_TORSION * units.Hartree * rho(*torsions[:2]) * rho(*torsions[1:3]) * rho(*torsions[2:])
     return Constants(stretch * terms.is_bond, bend * terms.is_angle, twist * terms.is_torsion)
+
+
+def lindh_stiffness(
+    first: Int[Tensor, " E"], second: Int[Tensor, " E"], distance: Float[Tensor, " E"]
+) -> Float[Tensor, " E"]:
+    """Spring constants of Lindh's model Hessian in eV/Å² of pairs of atomic numbers at distances in Å."""
+    return LINDH_BOND * units.Hartree / units.Bohr**2 * _lindh_rho(first, second, distance.square())
+
+
+def _lindh_rho(first: Tensor, second: Tensor, square: Tensor) -> Tensor:
+    """exp(a (r0² - r²)) of pairs of atomic numbers at squared distances in Å²."""
+    rows = _periodic_rows(first), _periodic_rows(second)
+    decay, distance = (_by_rows(table, *rows, square) for table in (LINDH_DECAY, LINDH_DISTANCE))
+    return torch.exp(decay * (distance.square() - square / units.Bohr**2))
+
+
+def _periodic_rows(z: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+    """0 for hydrogen and helium, 1 for lithium to neon, 2 for all others."""
+    return (z > 2).long() + (z > 10).long()
 
 
 def _by_rows(table: tuple[tuple[float, ...], ...], a: Tensor, b: Tensor, like: Tensor) -> Tensor:

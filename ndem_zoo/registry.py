@@ -26,12 +26,20 @@ MODELS: dict[str, str] = {
 
 OBJECTIVES: dict[str, str] = {
     "supervised": "ndem_zoo.objectives.supervised:Supervised",
+    "ndem_curvature": "ndem_zoo.objectives.ndem_curvature:NDeMCurvature",
     "noisy_nodes": "ndem_zoo.objectives.noisy_nodes:NoisyNodes",
     "ndem": "ndem_zoo.objectives.ndem:NDeM",
     "dens": "ndem_zoo.objectives.dens:DeNS",
     "frad": "ndem_zoo.objectives.frad:Frad",
     "slide": "ndem_zoo.objectives.slide:SliDe",
     "geossl": "ndem_zoo.objectives.geossl:GeoSSL",
+}
+
+FORCE_FIELDS: dict[str, str] = {
+    "pairs": "ndem_zoo.forcefields.pairs:PairPotential",
+    "valence": "ndem_zoo.forcefields.valence:ValenceForceField",
+    "mmff94": "ndem_zoo.forcefields.mmff94:MMFF94",
+    "gfn2-xtb": "ndem_zoo.forcefields.xtb:GFN2xTB",
 }
 
 DATASETS: dict[str, str] = {

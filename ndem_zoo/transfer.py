@@ -158,7 +158,11 @@ def _of_model(model: NDeMModel, name: str) -> Start:
     report = Report(f"{name} ({kind} with {resolved['objective']['name']})")
     backbone = resolved["backbone"]
     data = model.training_data_
-    origin = {"model": type(model).__name__, **{key: data.get(key) for key in ("name", "n_train", "split_hash")}}
+    origin = {
+        "model": type(model).__name__,
+        "prior": resolved.get("prior"),
+        **{key: data.get(key) for key in ("name", "n_train", "split_hash")},
+    }
     return Start(kind, backbone["name"], backbone["options"], tensors, found[1] if found else 0, report, origin)
 
 

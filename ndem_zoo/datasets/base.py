@@ -413,6 +413,40 @@ class MolecularDataset:
         new.name, new.card, new._featurizer = self.name, self.card, self._featurizer
         return new
 
+    def replace_positions(self, pos: Float[np.ndarray, "A 3"]) -> MolecularDataset:
+        """The same atoms elsewhere, in Å, without labels: these belong to the old places."""
+        return MolecularDataset(
+            **{**self.columns(), "pos": pos, "targets": {}},
+            ids=self.ids,
+            card=self.card,
+            name=self.name,
+            featurizer=self._featurizer,
+            per_atom={name: name in self.per_atom for name in self.extras},
+        )
+
+    def replace_targets(self, targets: Mapping[str, np.ndarray]) -> MolecularDataset:
+        """The same structures with other labels in the place of all targets.
+
+        Parameters
+        ----------
+        targets
+            Columns with one row per structure, or per atom where the present target or the name says so.
+
+        Raises
+        ------
+        DataError
+            If a column does not fit.
+        """
+        names = (*targets, *self.extras)
+        return MolecularDataset(
+            **{**self.columns(), "targets": targets},
+            ids=self.ids,
+            card=self.card,
+            name=self.name,
+            featurizer=self._featurizer,
+            per_atom={name: name in self.per_atom for name in names if name in self.targets or name in self.extras},
+        )
+
     # ------------------------------------------------------------------------------------------------------------- items
 
     @property

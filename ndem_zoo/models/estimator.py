@@ -26,6 +26,7 @@ from ndem_zoo.card import model_card
 from ndem_zoo.datasets.base import MolecularDataset, as_dataset
 from ndem_zoo.datasets.checks import blocks, check_structures, check_targets, root_mean_square
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError, NotFittedError
+from ndem_zoo.forcefields.base import ForceField, make_force_field
 from ndem_zoo.history import read_history, write_history
 from ndem_zoo.inference import predict_columns
 from ndem_zoo.metrics import dataset_metrics
@@ -90,6 +91,10 @@ class NDeMModel(BaseEstimator):
         those of isolated atoms; ``"fit"``, a least squares fit to the training data; ``"dataset"``, those that the
         dataset's card has; ``"mean"``, one number for every structure, the mean of the training data (adsorption
         energies, gaps); ``"none"``. Default: ``"fit"`` for what is nearly a sum over atoms, ``"mean"`` for the rest.
+    prior : str, optional
+        Classical force field to which the difference is learned (delta-learning): a name in
+        `ndem_zoo.registry.FORCE_FIELDS`, or several with a plus between them. ``"valence"`` and ``"pairs"`` are fitted to the
+        training forces first, ``"mmff94"`` and ``"gfn2-xtb"`` are published; see `ndem_zoo.forcefields`.
     device : str
         ``"auto"`` (CUDA where there is one, else CPU), or any torch device.
     precision : str
@@ -149,6 +154,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         loss: str | None = None,
         scale: float | str | None = None,
         reference_energies: dict[str | int, float] | str | None = None,
+        prior: str | None = None,
         device: str = "auto",
         precision: str = "32-true",
         seed: int = 0,
@@ -188,6 +194,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.loss = loss
         self.scale = scale
         self.reference_energies = reference_energies
+        self.prior = prior
         self.device = device
         self.precision = precision
         self.seed = seed
@@ -360,7 +367,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         """Check everything, build, and train."""
         start = None if init_from is None else start_from(init_from, init_partial)
         train_set, valid_set = self._checked(dataset, valid, limits, known=None, pretraining=pretraining)
-        self._build(train_set, start, init_partial, pretraining)
+        prior = None if pretraining else self._fit_prior(train_set)
+        train_set, valid_set = _less(prior, train_set), _less(prior, valid_set, "validation")
+        self._build(train_set, start, init_partial, pretraining, prior)
         return self._train(train_set, valid_set, limits, **options)
 
     def partial_fit(
@@ -390,10 +399,13 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             raise ConfigError("this model is only pre-trained, without energies: call fit(..., init_from=this model)")
         limits = {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time}
         train_set, valid_set = self._checked(dataset, valid, limits, known=getattr(self, "reference_", None))
-        if hasattr(self, "potential_"):
-            self._rebuild_objective(train_set)
+        is_new = not hasattr(self, "potential_")
+        prior = self._fit_prior(train_set) if is_new else self.potential_.prior
+        train_set, valid_set = _less(prior, train_set), _less(prior, valid_set, "validation")
+        if is_new:
+            self._build(train_set, prior=prior)
         else:
-            self._build(train_set)
+            self._rebuild_objective(train_set)
         return self._train(train_set, valid_set, limits, callback=callback)
 
     def _train(
@@ -406,17 +418,18 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         machine = provenance.machine(torch_device(self.device))
         self.provenance_ = {"init_from": self.provenance_.get("init_from"), "fit": given, "machine": machine}
         identity = {name: self.resolved_[name] for name in ("backbone", "forces", "scale")}
-        history = train(
-            self.potential_,
-            self.objective_,
-            train_set,
-            valid_set,
-            _settings(self.resolved_, limits),
-            device=torch_device(self.device),
-            progress=self.progress,
-            identity=_plain(identity | {"reference_energies": self.resolved_["reference_energies"]}),
-            **options,
-        )
+        with self.potential_.without_prior():  # the labels are less the prior's
+            history = train(
+                self.potential_,
+                self.objective_,
+                train_set,
+                valid_set,
+                _settings(self.resolved_, limits),
+                device=torch_device(self.device),
+                progress=self.progress,
+                identity=_plain(identity | {"reference_energies": self.resolved_["reference_energies"]}),
+                **options,
+            )
         self.history_ = [*getattr(self, "history_", []), *history]
         self.interrupted_ = history.interrupted
         return self
@@ -483,6 +496,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             settings["batch_size"] = None
         if self.nb_epoch is not None or self.max_steps is not None:
             settings |= {"nb_epoch": self.nb_epoch, "max_steps": self.max_steps}
+        if self.prior is not None and merged["target"] != "energy":
+            raise ConfigError(f"prior={self.prior!r} with target={merged['target']!r}: force fields have energies only")
         if merged["forces"] == "none" and merged["force_weight"]:
             if self.force_weight:
                 raise ConfigError(
@@ -506,6 +521,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             "scale": merged["scale"],
             "reference_energies": _plain(merged["reference_energies"]),
             "pretraining": False,
+            "prior": self.prior,
         }
         return _without_labels(resolved) if pretraining else resolved
 
@@ -521,21 +537,43 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         supervised = (NoLabels if resolved.get("pretraining") else SupervisedLoss)(**resolved["supervised"])
         return cls(supervised, record["weight"], record["weight_schedule"], record["options"])
 
+    def _fit_prior(self, train_set: MolecularDataset) -> ForceField | None:
+        """The force field to which the difference is learned, ready for these data."""
+        resolved = self._resolve()
+        if resolved["prior"] is None:
+            return None
+        prior, backbone = make_force_field(resolved["prior"]), self._make_backbone(resolved)
+        if prior.cutoff > backbone.cutoff or (prior.cutoff and backbone.nearest is not None):
+            seen = f"{backbone.cutoff} Å" + ("" if backbone.nearest is None else ", and the nearest neighbors only")
+            raise ConfigError(
+                f"prior={self.prior!r} needs all neighbors up to {prior.cutoff} Å; the backbone sees {seen}"
+            )
+        try:
+            return prior.fit(train_set)
+        except DataError as error:
+            raise DataError(f"training set, prior {self.prior!r}: {error}") from error
+
     def _build(
         self,
         train_set: MolecularDataset,
         start: Start | None = None,
         partial: bool = False,
         pretraining: bool = False,
+        prior: ForceField | None = None,
     ) -> None:
         """Make potential and objective for these data, with weights drawn from the seed or those to start from."""
         resolved = self._resolve(pretraining)
+        if start is not None and start.kind == "fitted" and start.origin.get("prior") != resolved["prior"]:
+            raise ConfigError(
+                f"init_from learned the difference to prior={start.origin.get('prior')!r}, this model has {resolved['prior']!r}"
+            )
         target = resolved["supervised"]["target"]
         reference, shift = _references(train_set, target, resolved["reference_energies"])
         scale = _scale(train_set, target, reference, resolved["scale"])
         units = {"reference": reference, "scale": scale, "shift": shift}
         with seeded(self.seed):
             potential = Potential(self._make_backbone(resolved), forces=resolved["forces"], target=target, **units)
+        potential.attach_prior(prior)
         _check_table(train_set, potential.backbone)
         objective = self._make_objective(resolved)
         with seeded(self.seed + 1):  # own draws: the potential's weights do not depend on the objective
@@ -556,6 +594,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
     def _take(self, start: Start, units: dict[str, Any], elements: Iterable[str], partial: bool) -> NDeMModel:
         """Become a model with these weights that predicts in these units; without units, a pre-trained one."""
         resolved = self._resolve(pretraining=not units)
+        if resolved["prior"] is not None:
+            raise ConfigError(f"prior={resolved['prior']!r}: imported energies are whole ones; fit with init_from instead")
         if property_of(resolved["supervised"]["target"]).readout != "sum":
             raise ConfigError(f"target={resolved['supervised']['target']!r}: only sums over atoms can be imported")
         resolved |= {"scale": units["scale"], "reference_energies": "imported"} if units else {}
@@ -692,6 +732,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         check_structures(structures)
         check_known_elements(structures.z, structures.ptr, self.reference_, self.unknown_elements)
         _check_table(structures, potential.backbone)
+        if potential.prior is not None:
+            potential.prior.check(structures)
         potential.to(torch_device(self.device)).backbone.use_plan(self._plan(), torch_device(self.device))
         return predict_columns(potential, structures, self.resolved_["settings"]["eval_batch_size"]), structures
 
@@ -746,6 +788,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             raise FileExistsError(f"{path} exists and holds something else than a model ({other}); nothing was written")
         tensors = {f"potential.{name}": value for name, value in potential.state_dict().items()}
         tensors |= {f"objective.{name}": value for name, value in self.objective_.state_dict().items()}
+        if potential.prior is not None:
+            tensors |= {f"prior.{name}": value.contiguous() for name, value in potential.prior.state_dict().items()}
         config = {
             "format": FORMAT,
             "ndem_zoo": __version__,
@@ -800,6 +844,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 resolved.setdefault("reference_energies", None)
                 tensors.setdefault("potential.shift", torch.zeros((), dtype=torch.float64))
             resolved.setdefault("pretraining", False)  # models from before there was any
+            resolved.setdefault("prior", None)
             if not issubclass(model_class, cls):
                 raise FileFormatError(f"{path} holds a {config['model']}, not a {cls.__name__}")
             model = model_class(**params | ({} if device is None else {"device": device}))
@@ -817,9 +862,12 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         with seeded(0):
             target = resolved["supervised"]["target"]
             potential = Potential(self._make_backbone(resolved), forces=resolved["forces"], target=target)
+            prior = None if resolved["prior"] is None else make_force_field(resolved["prior"])
+            potential.attach_prior(prior)
             objective = self._make_objective(resolved)
             objective.build(potential)
-        for name, module in (("potential.", potential.to(dtype)), ("objective.", objective.to(dtype))):
+        modules = {"potential.": potential.to(dtype), "objective.": objective.to(dtype)}
+        for name, module in (modules | ({} if prior is None else {"prior.": prior})).items():
             state = {key[len(name) :]: value for key, value in tensors.items() if key.startswith(name)}
             try:
                 module.load_state_dict(state)
@@ -918,6 +966,7 @@ def _without_labels(resolved: dict[str, Any]) -> dict[str, Any]:
         "forces": "none",
         "scale": 1.0 if isinstance(resolved["scale"], str) else resolved["scale"],
         "reference_energies": "none",
+        "prior": None,
         "pretraining": True,
     }
 
@@ -942,7 +991,20 @@ def _fixed_by_weights(resolved: dict[str, Any]) -> dict[str, Any]:
         "backbone": resolved["backbone"],
         "forces": resolved["forces"],
         "target": resolved["supervised"]["target"],
+        "prior": resolved["prior"],
     }
+
+
+def _less(
+    prior: ForceField | None, dataset: MolecularDataset | None, name: str = "training"
+) -> MolecularDataset | None:
+    """What a network has to learn of a dataset: labels less those of the prior."""
+    if prior is None or dataset is None:
+        return dataset
+    try:
+        return prior.subtract(dataset)
+    except DataError as error:
+        raise DataError(f"{name} set, {error}") from error
 
 
 def _references(

@@ -6,7 +6,9 @@ eV/Å, other targets in the unit of `ndem_zoo.properties`; inside, the network w
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -19,6 +21,9 @@ from ndem_zoo.graph import Batch, sum_over_atoms
 from ndem_zoo.models.base import Backbone, Features
 from ndem_zoo.physics import MAX_Z, forces_from_energy, safe_norm
 from ndem_zoo.properties import property_of
+
+if TYPE_CHECKING:
+    from ndem_zoo.forcefields.base import ForceField
 
 ForceMode = Literal["gradient", "direct", "none"]
 
@@ -74,6 +79,12 @@ class Potential(nn.Module):
     target
         Name of what is predicted.
 
+    Attributes
+    ----------
+    prior : ForceField or None
+        A classical potential whose energies and forces are added: what is learned is the difference to it. Not a
+        submodule: no weight of it is trained, and the training, whose labels are less the prior's, runs without it.
+
     Raises
     ------
     ConfigError
@@ -99,6 +110,7 @@ class Potential(nn.Module):
             raise ConfigError(f"scale={scale!r} eV; it must be a positive number")
         self.backbone, self.target = backbone, target
         self.force_mode = forces
+        self.__dict__["prior"] = None
         self.readout = property_of(target).readout
         self.energy_head = backbone.charge_head() if self.readout == "dipole" else backbone.scalar_head()
         self.force_head = backbone.vector_head() if forces == "direct" else None
@@ -110,7 +122,22 @@ class Potential(nn.Module):
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
         self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
 
+    @contextmanager
+    def without_prior(self) -> Iterator[None]:
+        """The network alone, as it is trained."""
+        prior, self.__dict__["prior"] = self.prior, None
+        try:
+            yield
+        finally:
+            self.__dict__["prior"] = prior
+
+    def attach_prior(self, prior: ForceField | None) -> None:
+        """Add the energies and forces of `prior` from now on."""
+        self.__dict__["prior"] = prior
+
     def _apply(self, fn, recurse: bool = True):
+        if self.prior is not None:
+            self.prior._apply(fn, recurse)
         # Pitfall: Module.float() would round the reference energies; only their device may change.
         exact = {name: getattr(self, name) for name in ("reference", "scale", "shift", "masses") if hasattr(self, name)}
         super()._apply(fn, recurse)
@@ -143,6 +170,17 @@ class Potential(nn.Module):
         -----
         Works under ``torch.no_grad()`` too: the derivative is taken with gradients enabled.
         """
+        prediction = self._of_network(batch, node_vectors, need_forces, create_graph)
+        if self.prior is None:
+            return prediction
+        known = self.prior(batch)
+        forces = None if prediction.forces is None else prediction.forces + known.forces.to(prediction.forces.dtype)
+        return prediction._replace(value=prediction.value + known.energy, forces=forces)
+
+    def _of_network(
+        self, batch: Batch, node_vectors: Tensor | None, need_forces: bool, create_graph: bool | None
+    ) -> Prediction:
+        """Everything but the prior."""
         if self.force_mode != "gradient" or not need_forces:
             return self._evaluate(batch, node_vectors, need_forces)
         create_graph = self.training if create_graph is None else create_graph

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real  # numpy's numbers too
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -109,15 +110,23 @@ class SupervisedLoss:
             errors["forces"] = (prediction.forces.to(dtype) - batch.targets["forces"].to(dtype)) / scale.to(dtype)
         return self.terms_of_errors(errors, ~batch.fixed if counts is None else counts)
 
-    def terms_of_errors(self, errors: dict[str, Tensor], counts: Bool[Tensor, " N"] | None = None) -> dict[str, Tensor]:
+    def terms_of_errors(
+        self,
+        errors: dict[str, Tensor],
+        counts: Bool[Tensor, " N"] | None = None,
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Weighted terms of errors of the target (S,) and of ``forces`` (N, 3), both divided by the scale.
 
-        `counts` (N,) says whose forces count; default: everybody's.
+        `counts` (N,) says whose forces count; default: everybody's. `importance` multiplies the loss of each structure (S,)
+        and of each atom's forces (N,), by the name of the label.
         """
         loss = LOSSES[self.loss]
         found = {}
         for name, error in errors.items():
             each = loss(error, torch.zeros_like(error), reduction="none")
+            if importance is not None:
+                each = each * importance[name].view(-1, *[1] * (each.dim() - 1))
             average = mean_of_rows(each, counts) if name == "forces" and counts is not None else each.mean()
             found[name] = self.weights[name] * average
         return found
@@ -174,10 +183,17 @@ class NoiseOptions:
         check_choice("sigma_sample", self.sigma_sample, SigmaSample)
         check_choice("sigma_per", self.sigma_per, SigmaPer)
 
-    def displace(self, batch: Batch, rng: torch.Generator, cutoff: float, **options: Any) -> tuple[Batch, Noise]:
-        """The batch with atoms moved, its edges complete up to `cutoff` Å, and what was done; see `masked_gaussian`."""
+    def displace(
+        self, batch: Batch, rng: torch.Generator, cutoff: float, shrink: float = 1.0, **options: Any
+    ) -> tuple[Batch, Noise]:
+        """The batch with atoms moved, its edges complete up to `cutoff` Å, and what was done; see `masked_gaussian`.
+
+        `shrink` multiplies sigma.
+        """
         how = {"sample": self.sigma_sample, "per": self.sigma_per, "reuse_edges": self.reuse_edges, **options}
-        return masked_gaussian(batch, rng, cutoff=cutoff, sigma=self.sigma, ratio=self.ratio, **how)
+        is_range = isinstance(self.sigma, (tuple, list))
+        sigma = tuple(shrink * value for value in self.sigma) if is_range else shrink * self.sigma
+        return masked_gaussian(batch, rng, cutoff=cutoff, sigma=sigma, ratio=self.ratio, **how)
 
     def draw(self, batch: Batch, rng: torch.Generator) -> Noise:
         """The noise alone, with nothing moved; see `gaussian`."""

@@ -1,0 +1,99 @@
+"""A pair potential for each pair of elements, fitted to the training forces: no bonds, no chemistry, any boundary.
+
+E = 1/2 sum_i sum_j phi_{z_i z_j}(r_ij), with phi a sum of Gaussians in exp(-r / 1.5 Å) times a cutoff. Distances of bonds,
+of next neighbors and further ones lie apart, so one curve serves as stretch, as bend (Urey-Bradley) and as repulsion. Below
+the shortest distance of the training data the curve goes on as a straight line.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ndem_zoo.datasets.base import MolecularDataset
+from ndem_zoo.errors import DataError
+from ndem_zoo.forcefields.base import check_complete
+from ndem_zoo.forcefields.linear import LinearForceField
+from ndem_zoo.graph import Batch
+from ndem_zoo.physics import MAX_Z, safe_norm
+
+#: Choice: number of Gaussians, range of their centers in Å, and the length in Å by which distances are compressed. 8, 12
+#: and 16 Gaussians left the same error on ethanol; with 12 the force on unseen distances was larger.
+N_GAUSSIANS, NEAREST, FARTHEST, LENGTH = 8, 0.6, 6.0, 1.5
+
+
+class PairPotential(LinearForceField):
+    """Energy as a sum over pairs of atoms.
+
+    Parameters
+    ----------
+    cutoff
+        Radius in Å at which it ends; at most that of the backbone. Choice: 5.
+    """
+
+    def __init__(self, cutoff: float = 5.0) -> None:
+        super().__init__()
+        self.cutoff = float(cutoff)
+        self.register_buffer("pair_class", torch.full((MAX_Z + 1, MAX_Z + 1), -1, dtype=torch.long))
+        self.register_buffer("shortest", torch.zeros(0, dtype=torch.float64))
+        centers = torch.linspace(
+            np.exp(-FARTHEST / LENGTH), np.exp(-NEAREST / LENGTH), N_GAUSSIANS, dtype=torch.float64
+        )
+        self.register_buffer("centers", centers, persistent=False)
+
+    @property
+    def n_classes(self) -> int:
+        """Number of pairs of elements."""
+        return len(self.coefficients) // N_GAUSSIANS
+
+    def prepare(self, dataset: MolecularDataset) -> None:
+        """Number the pairs of elements."""
+        present = np.unique(dataset.z).astype(np.int64)
+        first, second = np.triu_indices(len(present))
+        table = torch.full_like(self.pair_class, -1)
+        for number, (a, b) in enumerate(zip(present[first], present[second], strict=True)):
+            table[a, b] = table[b, a] = number
+        self.pair_class = table
+        self.shortest = torch.full((len(first),), self.cutoff, dtype=torch.float64)
+        for _, batch in self.batches(dataset):
+            kind = self._kind(batch)
+            self.shortest.scatter_reduce_(0, kind, safe_norm(batch.vectors()).clamp(max=self.cutoff), "amin")
+        self.coefficients = torch.zeros(len(first) * N_GAUSSIANS, dtype=torch.float64)
+
+    def check(self, dataset: MolecularDataset) -> None:
+        """Raise DataError for an element that it was not fitted to."""
+        known = (self.pair_class.diagonal() >= 0).cpu().numpy()
+        bad = np.flatnonzero(~known[dataset.z])
+        if len(bad):
+            number = int(np.searchsorted(dataset.ptr, bad[0], side="right")) - 1
+            raise DataError(
+                f"structure {number}: atomic number {int(dataset.z[bad[0]])} is not among those that the pair potential "
+                f"was fitted to, {np.flatnonzero(known).tolist()}"
+            )
+
+    def features(self, batch: Batch) -> Float[Tensor, "S P"]:
+        """Gaussians of all pairs, summed for each pair of elements."""
+        check_complete(batch, self.cutoff, "a pair potential")
+        kind = self._kind(batch)
+        distance = safe_norm(batch.vectors()).unsqueeze(-1)  # (E, 1)
+        known = torch.maximum(distance, self.shortest[kind].unsqueeze(-1))
+        ends = torch.pi * (distance / self.cutoff).clamp(max=1.0)
+        radial = self._gaussians(distance, known) * (0.25 * (torch.cos(ends) + 1.0))  # every pair is two edges
+        row = batch.system.index_select(0, batch.dst) * self.n_classes + kind
+        summed = radial.new_zeros(batch.n_systems * self.n_classes, N_GAUSSIANS).index_add(0, row, radial)
+        return summed.view(batch.n_systems, self.n_classes * N_GAUSSIANS)
+
+    def _gaussians(self, distance: Float[Tensor, "E 1"], known: Float[Tensor, "E 1"]) -> Float[Tensor, "E K"]:
+        """Gaussians at `known` distances, and from there to `distance` along the tangents."""
+        width = self.centers[1] - self.centers[0]
+        position = torch.exp(-known / LENGTH)
+        offset = (position - self.centers) / width
+        value = torch.exp(-0.5 * offset.square())
+        return value + value * offset * position / (width * LENGTH) * (distance - known)
+
+    def _kind(self, batch: Batch) -> Int[Tensor, " E"]:
+        """Which pair of elements each edge is; 0 for elements that are not known, which `check` refuses."""
+        ends = batch.z.index_select(0, batch.src), batch.z.index_select(0, batch.dst)
+        return self.pair_class[ends].clamp(min=0)

@@ -1,0 +1,146 @@
+"""Learning the difference to a force field: what comes out is network plus prior, wherever a potential is used."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from ase import Atoms
+from sklearn.base import clone
+
+from ndem_zoo import NDeMCalculator, NDeMEquiformerV2, NDeMModel, NDeMTorchMDNet
+from ndem_zoo.datasets.base import MolecularDataset
+from ndem_zoo.errors import ConfigError, DataError
+from ndem_zoo.forcefields import make_force_field
+
+SMALL = {
+    "objective": "supervised",
+    "progress": False,
+    "max_steps": 5,
+    "backbone_options": {"hidden_channels": 16, "num_layers": 1, "num_heads": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def data(ethanol):
+    return tuple(
+        ethanol.select(rows) for rows in (np.arange(0, 400, 10), np.arange(5, 105, 10), np.arange(1005, 1205, 10))
+    )
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    return NDeMTorchMDNet(prior="valence", **SMALL).fit(*data[:2])
+
+
+def test_prediction_is_network_plus_prior(model, data):
+    potential, test = model.potential_, data[2]
+    found = model.predict(test)
+    with potential.without_prior():
+        network = model.predict(test)
+    prior = potential.prior.columns(test)
+    np.testing.assert_allclose(found["energy"], network["energy"] + prior["energy"], atol=1e-5)
+    np.testing.assert_allclose(
+        found["forces"].reshape(-1, 3), network["forces"].reshape(-1, 3) + prior["forces"], atol=1e-5
+    )
+    assert np.abs(network["forces"]).max() > 1e-6
+    assert np.abs(prior["forces"]).max() > 1.0
+
+
+def test_five_steps_with_the_prior_beat_five_without(model, data):
+    without = NDeMTorchMDNet(**SMALL).fit(*data[:2])
+    assert model.evaluate(data[2])["forces_mae"] < 0.15 * without.evaluate(data[2])["forces_mae"]
+    assert model.evaluate(data[2])["energy_mae"] < without.evaluate(data[2])["energy_mae"]
+
+
+def test_the_history_tells_the_error_of_the_whole(model, data):
+    """Validation looks at residual labels: the errors are those of network plus prior on the labels."""
+    last = min(model.history_, key=lambda row: row["valid_forces_mae"])
+    assert last["valid_forces_mae"] == pytest.approx(model.evaluate(data[1])["forces_mae"], rel=1e-3)
+
+
+def test_saved_and_loaded(model, data, tmp_path):
+    model.save(tmp_path / "model")
+    again = NDeMModel.load(tmp_path / "model")
+    for name, values in model.predict(data[2]).items():
+        np.testing.assert_array_equal(again.predict(data[2])[name], values)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["resolved"]["prior"] == "valence"
+    weights = tmp_path / "model" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"weights\.safetensors"):
+        NDeMModel.load(tmp_path / "model")
+
+
+def test_copies_and_clones(model, data):
+    np.testing.assert_array_equal(copy.deepcopy(model).predict(data[2])["energy"], model.predict(data[2])["energy"])
+    assert clone(model).prior == "valence"
+
+
+def test_calculator(model, data):
+    atoms = data[2].atoms(0)
+    atoms.calc = NDeMCalculator(model)
+    expected = model.predict(data[2].select([0]))
+    assert atoms.get_potential_energy() == pytest.approx(expected["energy"][0], abs=1e-4)
+    np.testing.assert_allclose(atoms.get_forces(), expected["forces"][0], atol=1e-4)
+
+
+def test_training_on_and_with_other_data(model, data):
+    more = copy.deepcopy(model)
+    prior = more.potential_.prior
+    more.partial_fit(data[0], max_steps=3)
+    assert more.potential_.prior is prior
+    with pytest.raises(ConfigError, match="prior was valence when the weights were made, and is None"):
+        more.set_params(prior=None).partial_fit(data[0], max_steps=3)
+
+
+def test_resumed_is_uninterrupted(data, tmp_path):
+    keywords = {**SMALL, "prior": "pairs"}
+    whole = NDeMTorchMDNet(**keywords).fit(data[0], data[1], max_steps=8)
+    NDeMTorchMDNet(**keywords).fit(data[0], data[1], max_steps=4, checkpoint_dir=tmp_path)
+    resumed = NDeMTorchMDNet(**keywords).fit(data[0], data[1], max_steps=8, checkpoint_dir=tmp_path, resume=True)
+    np.testing.assert_array_equal(resumed.predict(data[2])["energy"], whole.predict(data[2])["energy"])
+
+
+def test_labels_that_are_a_force_field_leave_nothing_to_learn(data):
+    """MMFF94's own labels: the residual is rounding, and an untrained network adds next to nothing."""
+    truth = make_force_field("mmff94").fit(data[0])
+    train, test = (part.replace_targets(truth.columns(part)) for part in (data[0], data[2]))
+    found = NDeMTorchMDNet(prior="mmff94", scale=1e-3, **{**SMALL, "max_steps": 1}).fit(train).evaluate(test)
+    assert found["forces_mae"] < 0.01
+    assert found["energy_mae"] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"prior": "uff"}, "no force field 'uff'"),
+        ({"prior": "valence", "target": "gap"}, "prior='valence' with target='gap': force fields have energies only"),
+        (
+            {"prior": "pairs", "backbone_options": {"cutoff": 4.0}},
+            "needs all neighbors up to 5.0 Å; the backbone sees 4.0 Å",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(data, keywords, message):
+    with pytest.raises(ConfigError, match=message):
+        NDeMTorchMDNet(**{**SMALL, **keywords}).fit(data[0])
+
+
+def test_a_backbone_with_few_neighbors_takes_no_pair_potential(data):
+    with pytest.raises(ConfigError, match="the nearest neighbors only"):
+        NDeMEquiformerV2(prior="pairs", backbone_options=None, progress=False, max_steps=1).fit(data[0])
+
+
+def test_structures_that_the_prior_does_not_know(model, data):
+    water = MolecularDataset.from_atoms([Atoms("OH2", [[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]])])
+    with pytest.raises(DataError, match=r"structure 0: .* no molecule with the atomic numbers \[8, 1, 1\]"):
+        model.predict(water)
+    labeled = water.replace_targets({"energy": np.zeros(1), "forces": np.zeros((3, 3))})
+    with pytest.raises(DataError, match="validation set, structure 0"):
+        NDeMTorchMDNet(prior="mmff94", **SMALL).fit(data[0], labeled)
+    crystal = MolecularDataset.from_atoms([Atoms("HO", [[0, 0, 0], [0, 0, 1.0]], cell=[4, 4, 4], pbc=True)])
+    crystal = crystal.replace_targets({"energy": np.zeros(1), "forces": np.zeros((2, 3))})
+    with pytest.raises(DataError, match="training set, prior 'valence': structure 0: it is periodic"):
+        NDeMTorchMDNet(prior="valence", **SMALL).fit(crystal)
