@@ -46,8 +46,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def build(network: str, objective: str, dataset: Any) -> tuple[Potential, Objective]:
-    """A potential with reproducible weights, and an objective for it."""
+def build(network: str, objective: str, dataset: Any) -> tuple[Potential, Objective, Any]:
+    """A potential with reproducible weights, an objective for it, and the data with what it needs."""
     scale = float(np.sqrt(np.square(dataset.targets["forces"]).mean()))
     name, options, forces = NETWORKS[network]
     backbone = lookup(BACKBONES, name, "backbone")
@@ -56,8 +56,9 @@ def build(network: str, objective: str, dataset: Any) -> tuple[Potential, Object
     with seeded(0):
         potential = Potential(backbone(**options_of(backbone, {**options, **encode})), forces=forces, scale=scale)
         term = cls(options=cls.probed_with)
+        dataset = term.prepare(dataset)
         term.build(potential, dataset)
-    return potential.train(), term
+    return potential.train(), term, dataset
 
 
 class _FixedRng:
@@ -67,7 +68,7 @@ class _FixedRng:
         self.device = device
 
     def __enter__(self) -> torch.Generator:
-        self._randn, self._rand = torch.randn, torch.rand
+        self._drawn = {name: getattr(torch, name) for name in ("randn", "rand", "randint")}
         generator = torch.Generator().manual_seed(0)
 
         def on_cpu(draw: Any) -> Any:
@@ -76,11 +77,13 @@ class _FixedRng:
 
             return wrapped
 
-        torch.randn, torch.rand = on_cpu(self._randn), on_cpu(self._rand)
+        for name, draw in self._drawn.items():
+            setattr(torch, name, on_cpu(draw))
         return generator
 
     def __exit__(self, *exception: Any) -> None:
-        torch.randn, torch.rand = self._randn, self._rand
+        for name, draw in self._drawn.items():
+            setattr(torch, name, draw)
 
 
 def terms_and_gradients(
@@ -107,9 +110,9 @@ def agreement(dataset: Any, device: torch.device, networks: list[str], n: int) -
     rows = []
     for network in networks:
         for name in OBJECTIVES:
-            potential, objective = build(network, name, dataset)
-            reference = terms_and_gradients(potential, objective, dataset, n, torch.device("cpu"))
-            found = terms_and_gradients(potential, objective, dataset, n, device)
+            potential, objective, prepared = build(network, name, dataset)
+            reference = terms_and_gradients(potential, objective, prepared, n, torch.device("cpu"))
+            found = terms_and_gradients(potential, objective, prepared, n, device)
             error = {k: float((found[k] - v).norm() / v.norm()) for k, v in reference.items()}
             ok = max(error["energy"], error["forces"]) <= TOLERANCE and error["gradient"] <= GRADIENT_TOLERANCE
             rows.append({"network": network, "objective": name, "ok": ok, **error})
@@ -144,12 +147,12 @@ def step_times(
     rows = []
     for network, name, precision in itertools.product(networks, OBJECTIVES, ("32-true", "bf16-mixed")):
         for n in batch_sizes:
-            potential, objective = build(network, name, dataset)
+            potential, objective, prepared = build(network, name, dataset)
             settings = TrainSettings(
                 batch_size=n, max_steps=steps, clip_norm=10.0, ema_decay=0.999, lr=1e-4, precision=precision
             )
             may_wait = NETWORKS[network][0] == "equiformer_v2"
-            run = Run(potential.train(), objective, dataset, None, settings, device)
+            run = Run(potential.train(), objective, prepared, None, settings, device)
             indices = np.arange(n)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()

@@ -86,7 +86,7 @@ class Imported:
         predicts +epsilon.
     mean, std
         Of the target, in the file's units: E = sum_i (std * s_i + atom_references[z_i]) + mean.
-    atom_references
+    atom_references : (Z,) or None
         By atomic number, in the file's units; None if there are none.
     hyper_parameters
         Those in the file; empty for a bare set of weights.

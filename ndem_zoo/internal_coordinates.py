@@ -169,7 +169,7 @@ def _by_rows(table: tuple[tuple[float, ...], ...], a: Tensor, b: Tensor, like: T
 def spring_energy(
     pos: Float[Tensor, "N 3"], rest: Coordinates, constants: Constants, terms: Terms
 ) -> Float[Tensor, " S"]:
-    """Energy in eV of springs in all internal coordinates: 1/2 sum of k (q - q_rest)², torsions the shorter way round."""
+    """Energy in eV of springs in all internal coordinates at positions in Å: 1/2 sum of k (q - q_rest)², torsions the shorter way round."""
     now = coordinates(pos, terms)
     twist = torch.remainder(now.torsions - rest.torsions + math.pi, 2 * math.pi) - math.pi
     twist = twist * (now.is_torsion & rest.is_torsion)

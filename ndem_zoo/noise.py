@@ -97,7 +97,7 @@ def gaussian(
     probability: float = 1.0,
     probability_per: SigmaPer = "structure",
 ) -> Noise:
-    """The noise of `masked_gaussian`, without moving anything."""
+    """The noise of `masked_gaussian`, sigma in Å, without moving anything."""
     sigmas = draw_sigma(batch, rng, sigma, sample, per)
     mask = draw_mask(batch, rng, ratio)
     if probability < 1:
@@ -261,7 +261,9 @@ def _move_side(
     return torch.where(moved.unsqueeze(-1), turned, pos)
 
 
-def rotate(vectors: Float[Tensor, "M 3"], axis: Float[Tensor, "M 3"], angle: Float[Tensor, " M"]) -> Tensor:
+def rotate(
+    vectors: Float[Tensor, "M 3"], axis: Float[Tensor, "M 3"], angle: Float[Tensor, " M"]
+) -> Float[Tensor, "M 3"]:
     """Vectors turned about unit axes by angles in radians, right-handed (Rodrigues' formula)."""
     cos, sin = angle.cos().unsqueeze(-1), angle.sin().unsqueeze(-1)
     along = (vectors * axis).sum(-1, keepdim=True) * axis

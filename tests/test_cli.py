@@ -164,7 +164,11 @@ def test_validation_data_from_another_file_and_no_matplotlib(frames, tmp_path, m
         (["--set", "lr=1", "--set", "lr=2"], 2, "'lr' is given twice"),
         (["--set", "weight=1", "--weight", "2"], 2, "'weight' is given twice"),
         (["--set", "objective.hidden_channels=8"], 2, "no setting 'objective.hidden_channels'"),
-        (["--objective", "magic"], 2, "no objective 'magic'; there are dens, frad, geossl, ndem, noisy_nodes, "),
+        (
+            ["--objective", "magic"],
+            2,
+            "no objective 'magic'; there are dens, frad, geossl, ndem, ndem_curvature, noisy_nodes, ",
+        ),
         (["--preset", "magic"], 2, "no preset 'magic'"),
         (["--model", "magic"], 2, "no model 'magic'"),
         (["--device", "abacus"], 2, "device='abacus'"),

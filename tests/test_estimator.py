@@ -194,7 +194,10 @@ def test_a_misspelt_keyword_is_an_error():
     [
         ({"objective_options": {"sigmaa": 0.1}}, "NDeM has no option 'sigmaa'; it has sigma, ratio, .*grad_main"),
         ({"backbone_options": {"layers": 3}}, "TorchMDNet has no option 'layers'; it has .*num_layers"),
-        ({"objective": "nedm"}, "there is no objective 'nedm'; there are .*ndem, noisy_nodes, .*supervised"),
+        (
+            {"objective": "nedm"},
+            "there is no objective 'nedm'; there are .*ndem, ndem_curvature, noisy_nodes, .*supervised",
+        ),
         ({"preset": "md17"}, "there is no preset 'md17'; there are md17_paper"),
         ({"forces": "numeric"}, "forces='numeric'; allowed are gradient, direct, none"),
         ({"scale": "kcal"}, "scale='kcal'; allowed are a number in eV, 'force_rms' and 'target_std'"),
@@ -579,6 +582,11 @@ VARIANTS = {
     "frad": {"objective": "frad", "objective_options": {"internal": "all"}},
     "slide": {"objective": "slide"},
     "geossl": {"objective": "geossl", "objective_options": {"head_width": 6, "levels": 7}},
+    "ndem_curvature": {
+        "objective": "ndem_curvature",
+        "objective_options": {"curvature": "pairs", "head": "both", "confidence": "closed_form"},
+    },
+    "prior": {"objective": "supervised", "prior": "mmff94+pairs"},
     "bf16": {"precision": "bf16-mixed"},
     "numpy": {
         "weight": np.float64(0.3),

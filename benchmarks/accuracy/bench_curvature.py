@@ -10,6 +10,7 @@ writes ``results/curvature.json`` and the table made from it (``.md``).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import warnings
@@ -77,11 +78,11 @@ def slabs(data: Path) -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, (frames_, _, _), _ = load_oc20(data / "oc20" / "s2ef_train", task="s2ef")
+        _, (frames_, _, _), _ = load_oc20("s2ef", "all", data / "oc20" / "s2ef_train")
     sid, pairs = frames_.extras["sid"], []
     for system in np.unique(sid):
         rows = np.flatnonzero(sid == system)
-        for i, j in zip(rows[:-1], rows[1:], strict=True):
+        for i, j in itertools.pairwise(rows):
             one, two = (slice(frames_.ptr[k], frames_.ptr[k + 1]) for k in (i, j))
             step = frames_.pos[two] - frames_.pos[one]
             moved = np.sqrt(np.square(step[~frames_.fixed[one]]).mean())
@@ -97,7 +98,9 @@ def slabs(data: Path) -> dict[str, Any]:
 def best_isotropic(before: MolecularDataset, after: MolecularDataset) -> float:
     """The constant in eV/Å² that explains most."""
     free = ~before.fixed[:, None]
-    step, change = ((a - b) * free for a, b in ((after.pos, before.pos), (after.targets["forces"], before.targets["forces"])))
+    step, change = (
+        (a - b) * free for a, b in ((after.pos, before.pos), (after.targets["forces"], before.targets["forces"]))
+    )
     return max(0.0, float(-(step * change).sum() / np.square(step).sum()))
 
 
@@ -121,7 +124,12 @@ def table(record: dict[str, Any]) -> str:
         *block(record["trajectory"], "frames apart"),
     ]  # fmt: skip
     for molecule, rows in record["noise"].items():
-        lines += ["", f"## GFN2-xTB under Gaussian noise on all atoms: {molecule}, 40 frames", "", *block(rows, "sigma (Å)")]
+        lines += [
+            "",
+            f"## GFN2-xTB under Gaussian noise on all atoms: {molecule}, 40 frames",
+            "",
+            *block(rows, "sigma (Å)"),
+        ]
     found = record["slabs"]
     lines += [
         "",

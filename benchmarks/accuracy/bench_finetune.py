@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import platform
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -27,7 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.accuracy.bench_md17_objectives import RESULTS, _error, _spread, load
+from benchmarks.accuracy.bench_md17_objectives import RESULTS, load
+from benchmarks.accuracy.paired import mean_and_spread, paired_difference
 from ndem_zoo import NDeMModel, NDeMTorchMDNet
 from ndem_zoo.checkpoint import load_json, save_json, write_text
 from ndem_zoo.runs import Reading, open_whole
@@ -133,7 +133,12 @@ def table(record: dict[str, Any], runs: list[dict[str, Any]]) -> str:
             scratch = _errors(runs, n_train, name, "scratch") if start == "pretrained" else {}
             plain = _errors(runs, n_train, "supervised", start) if name != "supervised" else {}
             energy = _errors(runs, n_train, name, start, "energy_mae_kcal")
-            cells = (_mean(found), _difference(found, scratch), _difference(found, plain), _mean(energy))
+            cells = (
+                mean_and_spread(list(found.values())),
+                paired_difference(found, scratch),
+                paired_difference(found, plain),
+                mean_and_spread(list(energy.values())),
+            )
             lines.append(f"| {name} | {start} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -144,23 +149,6 @@ def _errors(
     """Errors by seed."""
     chosen = (n_train, name, start)
     return {r["seed"]: r["test"][metric] for r in runs if (r["n_train"], r["objective"], r["start"]) == chosen}
-
-
-def _mean(found: dict[int, float]) -> str:
-    """Mean, and the spread where there are several seeds."""
-    values = list(found.values())
-    return f"{statistics.mean(values):.4f}" + (f" ± {_spread(values):.4f}" if len(values) > 1 else "")
-
-
-def _difference(found: dict[int, float], base: dict[int, float]) -> str:
-    """Mean paired difference in percent of the base, and with its standard error."""
-    seeds = sorted(set(found) & set(base))
-    if not seeds:
-        return ""
-    pairs = [found[seed] - base[seed] for seed in seeds]
-    relative = 100 * sum(pairs) / sum(base[seed] for seed in seeds)
-    error = f" ± {_error(pairs):.4f}" if len(pairs) > 1 else ""
-    return f"{relative:+.1f} % ({statistics.mean(pairs):+.4f}{error})"
 
 
 def main() -> None:

@@ -159,7 +159,7 @@ rotors = dataset.extras["rotors"][0]
 print("bonds of ethanol that can turn:", rotors[rotors[:, 0] >= 0][:, 1:3].tolist())
 
 # %% [markdown]
-# [](qm9.py) trains on such graphs and predicts from SMILES; [](../how-to/smiles.md) has all options in short.
+# [QM9 from SMILES](qm9.py) trains on such graphs and predicts from SMILES; [from SMILES to graphs](../how-to/smiles.md) has all options in short.
 
 # %% tags=["hide-input"]
 import torch

@@ -71,7 +71,9 @@ class DistanceScore(nn.Module):
         )
         self.last = nn.Linear(width // 2 or 1, 1)
 
-    def forward(self, scalars: Float[Tensor, "N C"], batch: Batch, distance: Float[Tensor, " E"]) -> Tensor:
+    def forward(
+        self, scalars: Float[Tensor, "N C"], batch: Batch, distance: Float[Tensor, " E"]
+    ) -> Float[Tensor, " E"]:
         """The score times sigma, for each pair; the same for i-j and j-i."""
         pairs = scalars.index_select(0, batch.src) + scalars.index_select(0, batch.dst)
         embedded = self.distance(distance.to(scalars.dtype).unsqueeze(-1))
@@ -105,7 +107,7 @@ class GeoSSL(Objective):
         losses = [self.matching(features.scalars, batch, rng), self.matching(clean.features.scalars, other, rng)]
         return terms | {"distances": weight * sum(losses) / 2}
 
-    def matching(self, scalars: Float[Tensor, "N C"], batch: Batch, rng: torch.Generator) -> Tensor:
+    def matching(self, scalars: Float[Tensor, "N C"], batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         """Denoising score matching of the batch's pair distances, told the features of the atoms in the other view.
 
         Eq. 1/2 sigma^p (s + (d~ - d) / sigma²)², averaged over pairs, where d~ = d + sigma * noise and s is the score.
