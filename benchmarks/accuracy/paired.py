@@ -20,8 +20,9 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
-    """Such as ``0.8512 ± 0.0200``."""
-    return f"{statistics.mean(values):.{digits}f} ± {spread(values):.{digits}f}"
+    """Such as ``0.8512 ± 0.0200``; the mean alone for one seed."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {spread(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def paired_difference(values: Mapping[int, float], base: Mapping[int, float], digits: int = 4) -> str:
@@ -37,4 +38,5 @@ def paired_difference(values: Mapping[int, float], base: Mapping[int, float], di
         return ""
     pairs = [values[seed] - base[seed] for seed in seeds]
     relative = 100 * sum(pairs) / sum(base[seed] for seed in seeds)
-    return f"{relative:+.1f} % ({statistics.mean(pairs):+.{digits}f} ± {standard_error(pairs):.{digits}f})"
+    error = f" ± {standard_error(pairs):.{digits}f}" if len(pairs) > 1 else ""
+    return f"{relative:+.1f} % ({statistics.mean(pairs):+.{digits}f}{error})"
