@@ -99,6 +99,10 @@ def train(
         str | None, typer.Option(help="Recipe: md17_fast, qm9_paper, oc20_31M, ...; default: the model's.")
     ] = None,
     weight: Annotated[float | None, typer.Option(help="Weight of the objective's auxiliary term.")] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(help=f"Learn the difference to a force field: {', '.join(registry.FORCE_FIELDS)}, or a sum a+b."),
+    ] = None,
     n_train: Annotated[
         Any, typer.Option(parser=_number, metavar="N", help="Training structures: count or fraction.")
     ] = None,
@@ -156,6 +160,7 @@ def train(
         "target": target,
         "objective": objective,
         "weight": weight,
+        "prior": prior,
         "seed": seed,
         "device": device,
     }
