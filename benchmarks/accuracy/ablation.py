@@ -118,6 +118,17 @@ CELLS: dict[str, Cell] = {
     "delta_valence": Cell("difference to the valence force field", PLAIN | {"prior": "valence"}),
     "delta_both": Cell("difference to MMFF94 + valence", PLAIN | {"prior": "mmff94+valence"}),
     "delta_mmff94_moved": Cell("difference to MMFF94, displaced labels by valence", _moved("valence") | {"prior": "mmff94"}),
+    "curvature_valence_once": Cell(
+        "displaced labels by valence, half of the structures, one pass", _moved("valence", 0.5, probability=0.5)
+    ),
+    "delta_valence_once": Cell(
+        "difference to valence, half of the structures displaced, one pass",
+        _moved("none", 0.5, probability=0.5) | {"prior": "valence"},
+    ),
+    "delta_mmff94_once": Cell(
+        "difference to MMFF94, half of the structures displaced, one pass",
+        _moved("none", 0.5, probability=0.5) | {"prior": "mmff94"},
+    ),
     "delta_valence_moved": Cell("difference to valence, displaced labels", _moved("none") | {"prior": "valence"}),
 }  # fmt: skip
 
@@ -265,7 +276,10 @@ def table(molecule: str, runs: list[dict[str, Any]], costs: dict[str, Any]) -> s
 
 
 def plot(molecule: str, runs: list[dict[str, Any]], path: Path) -> None:
-    """Force error against the number of training frames, one line for each cell that has two sizes or more."""
+    """Force error against the number of training frames: a line for each cell that has two sizes or more, if there are any."""
+    sizes_of = {name: {r["n_train"] for r in runs if r["cell"] == name and r["budget"] == "time"} for name in CELLS}
+    if not any(len(sizes) > 1 for sizes in sizes_of.values()):
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
