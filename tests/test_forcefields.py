@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from ndem_zoo.forcefields import linear as linear_module
 from ndem_zoo.forcefields.linear import _Sums, ridge
 from ndem_zoo.forcefields.pairs import PairPotential
 from ndem_zoo.forcefields.valence import ValenceForceField
-from ndem_zoo.graph import Nearest
+from ndem_zoo.graph import ALL_PAIRS_UP_TO, Nearest
 from ndem_zoo.registry import FORCE_FIELDS
 
 KCAL = units.kcal / units.mol
@@ -294,6 +296,56 @@ def test_linear_molecules_have_finite_forces():
         found = make_force_field(name).fit(dataset).columns(dataset)
         assert np.isfinite(found["forces"]).all(), name
         np.testing.assert_allclose(found["forces"][:4, :2], 0.0, atol=1e-6)
+
+
+def decanol(n: int) -> MolecularDataset:
+    """Shaken copies of a molecule that is too large for all pairs, with forces of no meaning."""
+    chem = pytest.importorskip("rdkit.Chem")
+    from rdkit.Chem import AllChem
+
+    mol = chem.AddHs(chem.MolFromSmiles("C" * 10 + "O"))
+    assert AllChem.EmbedMolecule(mol, randomSeed=1) == 0
+    z, pos = [atom.GetAtomicNum() for atom in mol.GetAtoms()], mol.GetConformer().GetPositions()
+    rng = np.random.default_rng(0)
+    shaken = np.tile(pos, (n, 1)) + 0.02 * rng.standard_normal((n * len(z), 3))
+    dataset = MolecularDataset(np.tile(z, n), shaken, len(z) * np.arange(n + 1))
+    return dataset.replace_targets({"energy": np.zeros(n), "forces": rng.standard_normal((n * len(z), 3))})
+
+
+@pytest.mark.parametrize("name", ["valence", "mmff94"])
+def test_molecules_beyond_all_pairs(name):
+    """Larger ones need a search for neighbors, which no force field with bonds looks at."""
+    dataset = decanol(3)
+    assert dataset.counts[0] > ALL_PAIRS_UP_TO
+    field = make_force_field(name).fit(dataset)
+    found, direct = field.columns(dataset), field(dataset.to_batch(5.0, torch.float64))
+    np.testing.assert_allclose(found["energy"], direct.energy.numpy(), atol=1e-10)
+    np.testing.assert_allclose(found["forces"], direct.forces.numpy(), atol=1e-9)
+    assert found["energy"].std() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["pairs", "valence"])
+def test_atoms_alone_have_no_terms(name):
+    dataset = labeled([Atoms("H")] * 3, lambda atoms: (0.0, np.zeros((1, 3))))
+    found = make_force_field(name).fit(dataset).columns(dataset)
+    assert not found["energy"].any()
+    assert not found["forces"].any()
+
+
+def test_constants_of_other_molecules_can_be_loaded(fitted, ethanol_frames):
+    """Also into a force field that has been used: nothing of before stays."""
+    used = ValenceForceField().fit(labeled([Atoms("HF", [[0, 0, 0], [0, 0, 0.92]])] * 3, morse))
+    used.load_state_dict(fitted["valence"].state_dict())
+    for name, values in fitted["valence"].columns(ethanol_frames[1]).items():
+        np.testing.assert_array_equal(used.columns(ethanol_frames[1])[name], values)
+
+
+def test_batches_are_made_where_the_constants_are(fitted, ethanol_frames):
+    """After a prediction on a GPU the prior is there: labels less its own must be found all the same."""
+    for name in ("pairs", "mmff94+pairs"):
+        moved = copy.deepcopy(fitted[name]).to("meta")
+        _, batch = next(iter(moved.batches(ethanol_frames[1])))
+        assert batch.pos.device.type == batch.z.device.type == "meta"
 
 
 def test_isomers_with_equal_elements_are_refused():

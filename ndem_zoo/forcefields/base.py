@@ -25,6 +25,9 @@ from ndem_zoo.sampling import Collator, atom_indices, size_batches
 #: Structures that are looked at side by side.
 _STRUCTURES_AT_ONCE = 64
 
+#: Å; neighbor lists of larger structures need some radius also where nobody looks at edges.
+_LEAST_RADIUS = 1.0
+
 
 class ClassicalPrediction(NamedTuple):
     """What a force field says about a batch.
@@ -78,9 +81,11 @@ class ForceField(nn.Module, ABC):
         return ClassicalPrediction(energy.detach(), forces)
 
     def batches(self, dataset: MolecularDataset, at_once: int = _STRUCTURES_AT_ONCE) -> Iterator[tuple]:
-        """Numbers of structures, and their batch in float64 with labels, until all are there."""
-        collate = Collator(dataset, self.cutoff, torch.float64)
-        for indices in size_batches(dataset, at_once, self.cutoff):
+        """Numbers of structures, and their batch in float64 with labels where the constants are, until all are there."""
+        device = next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
+        cutoff = max(self.cutoff, _LEAST_RADIUS)
+        collate = Collator(dataset, cutoff, torch.float64, device=device)
+        for indices in size_batches(dataset, at_once, cutoff):
             yield indices, collate(indices)
 
     def columns(self, dataset: MolecularDataset) -> dict[str, np.ndarray]:
@@ -89,8 +94,8 @@ class ForceField(nn.Module, ABC):
         energy, forces = np.empty(len(dataset)), np.empty((len(dataset.z), 3))
         for indices, batch in self.batches(dataset):
             found = self(batch)
-            energy[indices] = found.energy.numpy()
-            forces[atom_indices(dataset.ptr, indices)[0]] = found.forces.numpy()
+            energy[indices] = found.energy.cpu().numpy()
+            forces[atom_indices(dataset.ptr, indices)[0]] = found.forces.cpu().numpy()
         return {"energy": energy, "forces": forces}
 
     def subtract(self, dataset: MolecularDataset) -> MolecularDataset:

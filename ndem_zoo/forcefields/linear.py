@@ -86,6 +86,8 @@ class LinearForceField(ForceField):
         A structure has fewer coordinates than there are features, or the other way round: derivatives are taken along the
         fewer. Structures do not see each other, so one coordinate of each is moved at a time.
         """
+        if not len(self.coefficients):
+            return batch.pos.new_zeros(0, len(batch.z), 3)
         n_atoms = batch.n_atoms
         place = torch.arange(len(batch.z)) - (torch.cumsum(n_atoms, 0) - n_atoms).index_select(0, batch.system)
         if 3 * int(n_atoms.max()) < len(self.coefficients):

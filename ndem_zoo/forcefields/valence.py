@@ -156,6 +156,10 @@ class ValenceForceField(LinearForceField):
             self._widths = {name: int(getattr(self, f"{name}_classes")) * g.n_values for name, g in GROUPS.items()}
         return self._widths
 
+    def _load_from_state_dict(self, *args, **keywords):
+        self._widths = None  # those of other molecules
+        super()._load_from_state_dict(*args, **keywords)
+
     def check(self, dataset: MolecularDataset) -> None:
         """Raise DataError for a structure that is none of the molecules of the training data."""
         check_known(dataset, self.keys, "the valence force field")
@@ -163,7 +167,7 @@ class ValenceForceField(LinearForceField):
     def features(self, batch: Batch) -> Float[Tensor, "S P"]:
         """Values of all terms, summed over those of a kind; NaN for a structure of another molecule."""
         which, known = molecule_of(batch, self.keys)
-        parts = []
+        parts = [batch.pos.new_zeros(batch.n_systems, 0)]  # an atom alone has no terms
         for name, group in GROUPS.items():
             width = self.widths[name]
             if width == 0:

@@ -595,7 +595,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         """Become a model with these weights that predicts in these units; without units, a pre-trained one."""
         resolved = self._resolve(pretraining=not units)
         if resolved["prior"] is not None:
-            raise ConfigError(f"prior={resolved['prior']!r}: imported energies are whole ones; fit with init_from instead")
+            raise ConfigError(
+                f"prior={resolved['prior']!r}: imported energies are whole ones; fit with init_from instead"
+            )
         if property_of(resolved["supervised"]["target"]).readout != "sum":
             raise ConfigError(f"target={resolved['supervised']['target']!r}: only sums over atoms can be imported")
         resolved |= {"scale": units["scale"], "reference_energies": "imported"} if units else {}
