@@ -144,3 +144,21 @@ def test_structures_that_the_prior_does_not_know(model, data):
     crystal = crystal.replace_targets({"energy": np.zeros(1), "forces": np.zeros((2, 3))})
     with pytest.raises(DataError, match="training set, prior 'valence': structure 0: it is periodic"):
         NDeMTorchMDNet(prior="valence", **SMALL).fit(crystal)
+
+
+def test_a_callback_sees_the_whole(data, tmp_path):
+    """Training runs on what the prior leaves; who predicts or saves in between gets energies and forces all the same."""
+    seen = []
+    learner = NDeMTorchMDNet(prior="valence", **SMALL)
+
+    def look(row: dict) -> None:
+        learner.save(tmp_path / "model")
+        seen.append((row["valid_forces_mae"], learner.evaluate(data[1])["forces_mae"]))
+
+    learner.fit(data[0], data[1], max_steps=2, callback=look)
+    assert seen
+    for residual, whole in seen:
+        assert whole == pytest.approx(residual, rel=1e-3)
+    again = NDeMModel.load(tmp_path / "model")
+    assert again.evaluate(data[1])["forces_mae"] == pytest.approx(seen[-1][1], rel=1e-6)
+    assert isinstance(learner.potential_.prior, type(again.potential_.prior))
