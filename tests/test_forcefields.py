@@ -117,6 +117,15 @@ def test_unknown_name():
     assert all(isinstance(make_force_field(name), ForceField) for name in FORCE_FIELDS)
 
 
+@pytest.mark.parametrize("name", ["valence+mmff94", "mmff94+mmff94", "pairs+gfn2-xtb"])
+def test_published_force_fields_come_first(name):
+    """What is not fitted does not describe what others left: energies would count twice."""
+    with pytest.raises(
+        ConfigError, match=r"part 1 of a sum of force fields is (MMFF94|GFN2xTB), which describes whole"
+    ):
+        make_force_field(name)
+
+
 @pytest.mark.parametrize("name", ["pairs", "valence"])
 def test_fits_need_forces(ethanol_frames, name):
     without = ethanol_frames[0].with_targets(["energy"])
@@ -438,6 +447,7 @@ def test_a_sum_is_fitted_to_what_is_left(ethanol_frames, fitted):
     np.testing.assert_allclose(both.columns(test)["forces"], expected, atol=1e-9)
     left = [rms(fitted[name].subtract(test).targets["forces"]) for name in ("mmff94", "mmff94+pairs")]
     assert left[1] < 0.8 * left[0]
+    assert float(both.force_error) == float(second.force_error)
 
 
 # --------------------------------------------------------------------------------------------------------------- GFN2-xTB

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -54,6 +54,8 @@ class ForceField(nn.Module, ABC):
     """
 
     cutoff: float = 0.0
+    #: Whether `fit` makes it describe the labels that it gets, and so what another force field left of them.
+    is_fitted_to_forces: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, dataset: MolecularDataset) -> Self:
@@ -128,16 +130,33 @@ class SumOfForceFields(ForceField):
     ----------
     parts
         In the order in which they are fitted.
+
+    Raises
+    ------
+    ConfigError
+        If one after the first is published: it describes whole energies, whatever the others left, and they would count
+        twice.
     """
 
     def __init__(self, parts: list[ForceField]) -> None:
         super().__init__()
+        for number, part in enumerate(parts):
+            if number and not part.is_fitted_to_forces:
+                raise ConfigError(
+                    f"part {number} of a sum of force fields is {type(part).__name__}, which describes whole energies: only "
+                    "the first may, such as in 'mmff94+valence'; the others must be fitted to what is left"
+                )
         self.parts = nn.ModuleList(parts)
 
     @property
     def cutoff(self) -> float:
         """The largest of the parts'."""
         return max(part.cutoff for part in self.parts)
+
+    @property
+    def force_error(self) -> Tensor:
+        """Error of the force components in eV/Å on structures left out of the last part's fit."""
+        return self.parts[-1].force_error
 
     def fit(self, dataset: MolecularDataset) -> Self:
         """Fit one part after the other."""
@@ -168,7 +187,7 @@ def make_force_field(name: str) -> ForceField:
     Raises
     ------
     ConfigError
-        If there is none of this name; lists those that there are.
+        If there is none of this name; lists those that there are. For a sum, see `SumOfForceFields`.
     """
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{name!r} is no force field; allowed are {', '.join(sorted(FORCE_FIELDS))}, or a sum a+b")

@@ -6,7 +6,7 @@ The strength of the ridge is chosen by cross-validation over structures, so the 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ class LinearForceField(ForceField):
     force_error : scalar
         Root mean square of the force components' error in eV/Å on structures left out of the fit.
     """
+
+    is_fitted_to_forces: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
