@@ -421,6 +421,19 @@ def test_derivatives_along_coordinates_and_along_features_agree(fitted, ethanol_
         torch.testing.assert_close(few[column], -gradient, atol=1e-10, rtol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["pairs", "valence"])
+def test_long_data_are_thinned_but_nothing_is_forgotten(ethanol_frames, monkeypatch, name):
+    """A molecule that is there once, between frames that are looked at."""
+    monkeypatch.setattr(linear_module, "MAX_STRUCTURES", 10)
+    rare = labeled([Atoms("HF", [[0, 0, 0], [0, 0, 0.95]])], lambda atoms: (0.0, np.zeros((2, 3))))
+    train = MolecularDataset.concatenate([ethanol_frames[0][:31], rare, ethanol_frames[0][31:]])
+    field, looked_at = make_force_field(name), []
+    monkeypatch.setattr(field, "prepare", lambda part: (looked_at.append(len(part)), type(field).prepare(field, part)))
+    found = field.fit(train).columns(train)
+    assert np.isfinite(found["forces"]).all()
+    assert 10 <= looked_at[0] <= 12
+
+
 def test_fixed_atoms_do_not_count(monkeypatch):
     """Forces on fixed atoms may be nonsense."""
     monkeypatch.setattr(linear_module, "RIDGES", (1e-6,))
@@ -472,3 +485,9 @@ def test_gfn2_xtb_says_why_it_failed():
     close = MolecularDataset.from_atoms([Atoms("H2", [[0, 0, 0], [0, 0, 0.0]])])
     with pytest.raises(DataError, match="structure 0 of the batch: GFN2-xTB failed"):
         field.columns(close)
+
+
+def test_gfn2_xtb_refuses_slabs():
+    slab = Atoms("OH2", [[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]], cell=[8, 8, 0], pbc=[True, True, False])
+    with pytest.raises(DataError, match=r"structure 0: pbc is \[True, True, False\]; GFN2-xTB is for molecules and"):
+        make_force_field("gfn2-xtb").columns(MolecularDataset.from_atoms([slab]))

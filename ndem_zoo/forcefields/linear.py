@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ndem_zoo.datasets.base import MolecularDataset
@@ -18,7 +18,7 @@ from ndem_zoo.errors import DataError
 from ndem_zoo.forcefields.base import ForceField, require_forces
 from ndem_zoo.graph import Batch
 
-#: Choice: structures that a fit looks at, evenly spaced; there are a few hundred constants.
+#: Choice: structures that a fit looks at, evenly spaced, besides the first of every kind; there are a few hundred constants.
 MAX_STRUCTURES = 1000
 
 #: Choice: what the ridge is chosen from, relative to the mean square of a standardized column.
@@ -47,6 +47,10 @@ class LinearForceField(ForceField):
         self.register_buffer("force_error", torch.zeros((), dtype=torch.float64))
 
     @abstractmethod
+    def first_of_kinds(self, dataset: MolecularDataset) -> Int[np.ndarray, " K"]:
+        """Structures that no fit may leave out, or something that the others do not have would be unknown."""
+
+    @abstractmethod
     def prepare(self, dataset: MolecularDataset) -> None:
         """Set everything but the coefficients."""
 
@@ -69,7 +73,8 @@ class LinearForceField(ForceField):
         name = type(self).__name__
         require_forces(dataset, name)
         if len(dataset) > MAX_STRUCTURES:
-            dataset = dataset.select(np.linspace(0, len(dataset) - 1, MAX_STRUCTURES).astype(np.int64))
+            spaced = np.linspace(0, len(dataset) - 1, MAX_STRUCTURES).astype(np.int64)
+            dataset = dataset.select(np.union1d(spaced, self.first_of_kinds(dataset)))
         self.prepare(dataset)
         folds: list[_Sums | None] = [None] * min(FOLDS, len(dataset))
         for number, (_, batch) in enumerate(self.batches(dataset, max(1, -(-len(dataset) // 20)))):

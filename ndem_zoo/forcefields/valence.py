@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ndem_zoo.datasets.base import MolecularDataset
@@ -124,6 +124,10 @@ class ValenceForceField(LinearForceField):
             self.register_buffer(f"{name}_reference", torch.zeros(0, 0, group.n_references, dtype=torch.float64))
             self.register_buffer(f"{name}_present", torch.zeros(0, 0, dtype=torch.bool))
             self.register_buffer(f"{name}_classes", torch.zeros((), dtype=torch.long))
+
+    def first_of_kinds(self, dataset: MolecularDataset) -> Int[np.ndarray, " K"]:
+        """The first structure of each molecule."""
+        return np.unique(keys_of(dataset), return_index=True)[1]
 
     def prepare(self, dataset: MolecularDataset) -> None:
         """Find the molecules, number the kinds of terms, and average their geometry."""
