@@ -153,8 +153,10 @@ def benchmark(
     training = None
     if objective.requires <= set(columns.targets):
         check_targets(columns, objective.requires)
-        run = TimedRun(potential.train(), objective, columns, None, settings, device)
-        training = _training(run, steps, rounds)
+        rest = columns if potential.prior is None else potential.prior.subtract(columns)
+        with potential.without_prior():  # as `fit` trains
+            run = TimedRun(potential.train(), objective, rest, None, settings, device)
+            training = _training(run, steps, rounds)
     return {
         "model": {
             "name": type(model).__name__,

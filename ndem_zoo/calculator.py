@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from ase.calculators.calculator import Calculator, all_changes
 
+from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import ConfigError, DataError
 from ndem_zoo.featurizers.base import Structure, check_structure
 from ndem_zoo.featurizers.radius import check_distances
@@ -191,7 +192,15 @@ class NDeMCalculator(Calculator):
         return edges.batch.replace(pos=pos)
 
     def _find_edges(self, structure: Structure) -> _Edges:
-        """Search for neighbors up to cutoff + skin."""
+        """Search for neighbors up to cutoff + skin, once it is sure that the prior knows the structure."""
+        if self._potential.prior is not None:
+            self._potential.prior.check(
+                MolecularDataset(
+                    structure.z, structure.pos, np.array([0, len(structure.z)]),
+                    cell=None if structure.cell is None else structure.cell[None],
+                    pbc=None if structure.pbc is None else structure.pbc[None],
+                )
+            )  # fmt: skip
         self.neighbor_searches += 1
         batch = make_batch(
             structure.z,

@@ -68,7 +68,8 @@ def _model(config: Mapping[str, Any], n_parameters: int, shift: float) -> list[s
         f"- Backbone: {resolved['backbone']['name']}, {n_parameters:,} parameters",
         f"- Objective: {resolved['objective']['name']}, weight {resolved['objective']['weight']}",
         f"- Target: {target}{f' ({unit})' if unit else ''}; forces: {resolved['forces']}",
-        f"- Reference energies ({unit or 'unit of the target'}): {references or 'none'}",
+        *([f"- Prior, to which the difference was learned: {resolved['prior']}"] if resolved.get("prior") else []),
+        f"- Reference energies{' beyond the prior' * bool(resolved.get('prior'))} ({unit or 'unit of the target'}): {references or 'none'}",
         *([f"- Added once for each structure: {shift:.6f} {unit}".rstrip()] if shift else []),
     ]
 

@@ -8,7 +8,8 @@ Hessian of the potential in training. `explained` tells what share of true force
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ndem_zoo.errors import ConfigError, DataError
 from ndem_zoo.graph import Batch, displace, sum_by_index
 from ndem_zoo.internal_coordinates import lindh_stiffness
-from ndem_zoo.physics import BOLTZMANN, MAX_Z, hessian_vector_product, safe_norm
+from ndem_zoo.physics import BOLTZMANN, MAX_Z, forces_from_energy, hessian_vector_product, safe_norm
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
@@ -203,6 +204,8 @@ def fitted_springs(dataset: MolecularDataset, temperature: float, cutoff: float 
     for start in range(0, len(dataset), 256):
         batch = dataset.select(slice(start, start + 256)).to_batch(cutoff, torch.float64)
         constant, direction = rule.stiffness(batch)
+        if not len(constant):  # atoms alone
+            continue
         distance, forces = safe_norm(batch.vectors()), batch.targets["forces"]
         near, far = ((direction * forces.index_select(0, atoms)).sum(-1) for atoms in (batch.dst, batch.src))
         observed = 2 * far / distance - near * far / kT
@@ -236,7 +239,8 @@ class ForceFieldDifference(Curvature):
     ) -> Float[Tensor, "N 3"]:
         """Difference of the forces in eV/Å."""
         if moved is None:
-            moved = displace(batch, epsilon, self.force_field.cutoff)
+            cutoffs = [field.cutoff for field in (self.force_field, self.less) if field is not None]
+            moved = displace(batch, epsilon, max(cutoffs))
         change = self.force_field(moved).forces - self.force_field(batch).forces
         if self.less is not None:
             change = change - (self.less(moved).forces - self.less(batch).forces)
@@ -259,7 +263,7 @@ class ModelHessian(Curvature):
     Parameters
     ----------
     potential
-        With gradient forces; not a part of this module.
+        With gradient forces; not a part of this module. A prior that it has counts; in training it has none.
     """
 
     def __init__(self, potential: Potential) -> None:
@@ -271,16 +275,35 @@ class ModelHessian(Curvature):
     def force_change(
         self, batch: Batch, epsilon: Float[Tensor, "N 3"], moved: Batch | None = None
     ) -> Float[Tensor, "N 3"]:
-        """-H epsilon in eV/Å, of the network as it is now."""
-        backbone = self.potential.backbone
+        """-H epsilon in eV/Å, of the network as it is now, and of its prior."""
+        potential, backbone = self.potential, self.potential.backbone
+        dtype = next(potential.parameters()).dtype
         plan, backbone.plan = backbone.plan, "eager"  # hand-written derivatives go one order less far
         try:
-            with torch.enable_grad():
-                pos = batch.pos.detach().requires_grad_()
-                forces = self.potential(batch.replace(pos=pos), create_graph=True).forces
-                return -hessian_vector_product(forces, pos, epsilon.detach()).detach()
+            with torch.enable_grad(), potential.without_prior():
+                change = _minus_hessian(lambda b: potential(b, create_graph=True).forces, batch, epsilon, dtype)
         finally:
             backbone.plan = plan
+        if potential.prior is not None:
+            with torch.enable_grad():
+                change = change + _minus_hessian(
+                    lambda b: forces_from_energy(potential.prior.energy(b), b.pos, create_graph=True),
+                    batch,
+                    epsilon,
+                    torch.float64,
+                )
+        return change.to(epsilon.dtype)
+
+
+def _minus_hessian(
+    forces_of: Callable[[Batch], Tensor], batch: Batch, epsilon: Float[Tensor, "N 3"], dtype: torch.dtype
+) -> Float[Tensor, "N 3"]:
+    """-H epsilon from forces with a graph, computed in `dtype`."""
+    pos = batch.pos.detach().to(dtype).requires_grad_()
+    forces = forces_of(batch.to(dtype=dtype).replace(pos=pos))
+    if not forces.requires_grad:  # nothing that depends on positions
+        return torch.zeros_like(pos)
+    return -hessian_vector_product(forces, pos, epsilon.detach().to(dtype)).detach()
 
 
 # ------------------------------------------------------------------------------------------------------ what is explained
@@ -350,18 +373,29 @@ def explained_between(
     if len(before) != len(after) or not np.array_equal(before.z, after.z) or not np.array_equal(before.ptr, after.ptr):
         raise DataError("the structures before and after must have the same atoms in the same order")
     change = after.targets["forces"] - before.targets["forces"] if change is None else change
-    cutoff = max(6.0, getattr(getattr(curvature, "force_field", None), "cutoff", 0.0))
+    cutoff, device = _radius_and_device(curvature)
     error = total = 0.0
     for start in range(0, len(before), 64):
         part = slice(start, start + 64)
-        batch, moved = (d.select(part).to_batch(cutoff, torch.float64) for d in (before, after))
+        batch, moved = (d.select(part).to_batch(cutoff, torch.float64).to(device) for d in (before, after))
         atoms = slice(before.ptr[start], before.ptr[min(start + 64, len(before))])
-        truth = torch.as_tensor(change[atoms])
+        truth = torch.as_tensor(change[atoms], device=device)
         guess = curvature.force_change(batch, moved.pos - batch.pos, moved).detach().double()
         free = (~batch.fixed).double().unsqueeze(-1)
         error += float(((truth - guess) * free).square().sum())
         total += float((truth * free).square().sum())
     return 1.0 - error / total if total else float("nan")
+
+
+def _radius_and_device(curvature: Curvature) -> tuple[float, torch.device]:
+    """Up to where a curvature looks at edges, in Å (at least 6, for springs), and where it computes."""
+    potential = getattr(curvature, "potential", None)
+    seen = [getattr(curvature, "force_field", None), getattr(curvature, "less", None)]
+    seen += [] if potential is None else [potential.backbone, potential.prior]
+    owner = curvature if potential is None else potential
+    tensors = chain(owner.parameters(), owner.buffers())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return max([6.0, *(part.cutoff for part in seen if part is not None)]), device
 
 
 def reference_forces(reference: Any, dataset: MolecularDataset) -> Float[np.ndarray, "A 3"]:
@@ -405,7 +439,6 @@ def make_curvature(
         If there is none of this name, or it does not go with the prior.
     """
     from ndem_zoo.forcefields import make_force_field
-    from ndem_zoo.forcefields.linear import LinearForceField
 
     prior = potential.prior
     if name in ("element", "springs", "lindh", "learned_springs") and prior is not None:
@@ -430,7 +463,7 @@ def make_curvature(
         raise ConfigError(f"curvature={name!r}; allowed are {', '.join(NAMED)}, or a force field: {error}") from error
     # What is fitted to the labels describes what the prior left; what is published describes whole forces.
     parts = getattr(force_field, "parts", [force_field])
-    is_whole = not all(isinstance(part, LinearForceField) for part in parts)
+    is_whole = not all(part.is_fitted_to_forces for part in parts)
     if is_whole and prior is not None and len(parts) > 1:
         raise ConfigError(
             f"curvature={name!r} with a prior: name one force field, or make it the prior with curvature='none'"

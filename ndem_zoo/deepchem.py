@@ -526,8 +526,10 @@ class EstimatorModel(dc.models.Model):
         estimator = self.model
         known = getattr(estimator, "reference_", None)
         train_set, valid_set = estimator._checked(dataset, valid, {"nb_epoch": nb_epoch}, known)
+        prior, train_set, valid_set = estimator._beyond_prior(train_set, valid_set, is_new=known is None)
         if known is None:
-            estimator._build(train_set, None if self._source is None else start_from(self._source))
+            start = None if self._source is None else start_from(self._source)
+            estimator._build(train_set, start, prior=prior)
         else:
             estimator._rebuild_objective(train_set)
         earlier = self._phase
@@ -570,7 +572,8 @@ class EstimatorModel(dc.models.Model):
 
         The loop calls the objective once for each step, which is where PyTorch lets one in.
         """
-        phase, backbone, n_begun = self._phase, self.model.potential_.backbone, 0
+        phase, potential, n_begun = self._phase, self.model.potential_, 0
+        backbone, prior = potential.backbone, potential.prior
 
         def act() -> None:
             phase.step += 1
@@ -578,7 +581,8 @@ class EstimatorModel(dc.models.Model):
             rng, backbone.rng = backbone.rng, None  # an action must not use up the randomness of the next step
             device = next(backbone.parameters()).device.type
             try:
-                with torch.autocast(device, enabled=False):
+                # The loop trains without the prior; an action predicts, or saves, with it.
+                with torch.autocast(device, enabled=False), potential.with_prior(prior):
                     for action in actions:
                         action(self, self._global_step)
             finally:
@@ -803,7 +807,7 @@ class EstimatorModel(dc.models.Model):
         source = NDeMModel.load(Path(checkpoint) / "model", device=self.model.device)
         record = files.load_json(Path(checkpoint) / "steps.json")
         own = self.model._resolve()
-        for name in ("backbone", "forces"):
+        for name in ("backbone", "forces", "prior"):
             if source.resolved_[name] != own[name]:
                 raise ConfigError(f"{checkpoint} has {name}={source.resolved_[name]!r}, this model has {own[name]!r}")
         if source.resolved_["supervised"]["target"] != self._target:

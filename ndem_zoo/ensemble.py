@@ -78,9 +78,12 @@ class Ensemble:
             raise ConfigError(f"stacked=True, but a {type(potentials[0].backbone).__name__} cannot be stacked")
         self.stacked = self.device.type == "cuda" and can_be_stacked if stacked is None else stacked
         self._potentials = [potential.to(self.device).eval() for potential in potentials]
+        self._priors = [potential.prior for potential in potentials if potential.prior is not None]
         for potential, model in zip(potentials, members, strict=True):
             potential.backbone.use_plan(model.plan, self.device)
         if self.stacked:
+            for potential in self._potentials:  # a prior has no weights to stack, and comes on top: `_add_priors`
+                potential.attach_prior(None)
             parameters, buffers = stack_module_state(self._potentials)
             self._state = {name: value.detach() for name, value in {**parameters, **buffers}.items()}
             self._network, self._potentials = self._potentials[0], []  # calls replace the weights that it has
@@ -119,6 +122,8 @@ class Ensemble:
         structures = as_dataset(dataset)
         check_structures(structures)
         check_known_elements(structures.z, structures.ptr, self.reference_, self._unknown)
+        for prior in self._priors:
+            prior.check(structures)
         if self.stacked:
             return self._predict_stacked(structures)
         found = [predict_columns(potential, structures, self.eval_batch_size) for potential in self._potentials]
@@ -137,11 +142,20 @@ class Ensemble:
         with torch.no_grad(), contextlib.closing(load(collate, order)) as batches:
             for indices, batch in zip(order, batches, strict=True):
                 predicted = vmap(self._member, in_dims=(0, None))(self._state, batch.pos, batch=batch)
+                predicted = self._add_priors(predicted, batch)
                 columns[network.target][:, indices] = predicted[network.target].cpu().numpy()
                 if "forces" in predicted:
                     atoms, _ = atom_indices(structures.ptr, indices)
                     columns["forces"][:, atoms] = predicted["forces"].double().cpu().numpy()
         return columns
+
+    def _add_priors(self, predicted: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """What the networks say, and each member's prior on top of it, if they have any."""
+        if not self._priors:
+            return predicted
+        found = [prior(batch) for prior in self._priors]
+        known = {"energy": [f.energy for f in found], "forces": [f.forces for f in found]}
+        return {name: value + torch.stack(known[name]).to(value.dtype) for name, value in predicted.items()}
 
     def _member(self, state: dict[str, Tensor], pos: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The target (S,) and ``"forces"`` (N, 3), if any, with the weights of one member."""
@@ -171,6 +185,7 @@ def _check_alike(first: NDeMModel, model: NDeMModel, number: int) -> None:
         },
         "target": (ours["supervised"]["target"], theirs["supervised"]["target"]),
         "forces": (ours["forces"], theirs["forces"]),
+        "prior": (ours.get("prior"), theirs.get("prior")),
         "precision": (ours["settings"]["precision"], theirs["settings"]["precision"]),
         "elements": (sorted(first.reference_), sorted(model.reference_)),
     }

@@ -57,6 +57,25 @@ def clock(monkeypatch):
     return clock
 
 
+def test_a_training_with_a_prior_is_measured_as_fit_does_it(ethanol, monkeypatch):
+    """On labels less the prior's, and without the prior in a step."""
+    seen = []
+    forward = training.TrainStep.forward
+
+    def watched(self, inputs):
+        seen.append((self.potential.prior, float(inputs.batch.targets["forces"].abs().max())))
+        return forward(self, inputs)
+
+    monkeypatch.setattr(training.TrainStep, "forward", watched)
+    learner = fitted(ethanol.select(np.arange(0, 400, 10)), prior="valence", objective="supervised")
+    record = benchmark.benchmark(learner, ethanol[:40], steps=2, rounds=1)
+    assert record["training"]["steps_per_s"] > 0
+    assert len(seen) == 1 + 4
+    assert all(prior is None for prior, _ in seen)
+    assert max(size for _, size in seen) < 0.5 * np.abs(ethanol[:40].targets["forces"]).max()
+    assert learner.potential_.prior is not None
+
+
 def test_stages_of_a_training_step(model, ethanol, clock, monkeypatch):
     clock.slow(monkeypatch, Collator, "__call__", 1.0)
     clock.slow(monkeypatch, training.TrainStep, "forward", 2.0)

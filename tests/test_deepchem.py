@@ -115,6 +115,23 @@ def test_a_model_trains_and_predicts_as_its_estimator_does(dc, make, train, trai
     assert (model.get_task_type(), model.get_num_tasks()) == ("regression", 1)
 
 
+def test_a_prior_is_learned_beyond(dc, zoo, make, train, train_set, test, test_set, tmp_path):
+    """The same numbers as the estimator's own, after the training and in its callbacks; and a checkpoint holds the prior."""
+    options = {"prior": "valence", "objective": "supervised", "scale": "force_rms"}
+    model = make(model_dir=str(tmp_path), **options)
+    seen = []
+    model.fit(train, nb_epoch=1, callbacks=lambda m, step: seen.append(m.predict(test)))
+    alone = NDeMTorchMDNet(backbone_options=TINY["torchmd_net"], **OPTIONS, **options).fit(train_set, nb_epoch=1)
+    np.testing.assert_allclose(model.predict(test)[:, 0], alone.predict(test_set)["energy"], atol=1e-9)
+    np.testing.assert_allclose(seen[-1], model.predict(test), atol=1e-9)
+    model.save_checkpoint()
+    again = make(model_dir=str(tmp_path), **options)
+    again.restore()
+    np.testing.assert_array_equal(again.predict(test), model.predict(test))
+    with pytest.raises(ConfigError, match="has prior='valence', this model has None"):
+        make(model_dir=str(tmp_path), **{**options, "prior": None}).restore()
+
+
 def test_a_few_frames_are_learned_by_heart(make, ethanol):
     """DeepChem asks every model for such a test."""
     few = ethanol[:3].to_deepchem()

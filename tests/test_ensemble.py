@@ -62,6 +62,24 @@ def test_the_members_at_once_are_the_members_one_by_one(ethanol, mixed, members,
         np.testing.assert_allclose(prediction[f"{name}_std"], np.sqrt(variance), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("forces", ["gradient", "direct", "none"])
+def test_each_member_has_a_prior_of_its_own(ethanol, forces, stacked):
+    """Fitted to the member's own data; and structures that a prior does not know are refused before anything is computed."""
+    parts = [ethanol.select(np.arange(seed, 400, 40)) for seed in range(2)]
+    models = [fitted(part, prior="valence", forces=forces, seed=seed) for seed, part in enumerate(parts)]
+    expected, ensemble = loop(models, ethanol[:5]), Ensemble(models, stacked=stacked)
+    found = ensemble.predict_members(ethanol[:5])
+    priors = [model.potential_.prior.columns(ethanol[:5]) for model in models]
+    for name, values in expected.items():
+        assert np.abs(priors[0][name] - priors[1][name]).max() > 1e-3
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-9)
+    with pytest.raises(DataError, match="structure 0: the valence force field has no molecule"):
+        ensemble.predict(ethanol.atoms(0)[:3])
+    with pytest.raises(ConfigError, match="model 1 has prior None, model 0 has 'valence'"):
+        Ensemble([models[0], fitted(parts[0], forces=forces)], stacked=stacked)
+
+
 def test_single_precision(ethanol):
     models = [fitted(ethanol[:8], seed=seed, precision="32-true") for seed in range(2)]
     expected, found = loop(models, ethanol[:5]), Ensemble(models, stacked=True).predict_members(ethanol[:5])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from ndem_zoo.forcefields import linear as linear_module
 from ndem_zoo.forcefields.linear import _Sums, ridge
 from ndem_zoo.forcefields.pairs import PairPotential
 from ndem_zoo.forcefields.valence import ValenceForceField
-from ndem_zoo.graph import Nearest
+from ndem_zoo.graph import ALL_PAIRS_UP_TO, Nearest
 from ndem_zoo.registry import FORCE_FIELDS
 
 KCAL = units.kcal / units.mol
@@ -113,6 +115,15 @@ def test_unknown_name():
     with pytest.raises(ConfigError, match=r"no force field 'uff'; there are gfn2-xtb, mmff94, pairs, valence"):
         make_force_field("mmff94+uff")
     assert all(isinstance(make_force_field(name), ForceField) for name in FORCE_FIELDS)
+
+
+@pytest.mark.parametrize("name", ["valence+mmff94", "mmff94+mmff94", "pairs+gfn2-xtb"])
+def test_published_force_fields_come_first(name):
+    """What is not fitted does not describe what others left: energies would count twice."""
+    with pytest.raises(
+        ConfigError, match=r"part 1 of a sum of force fields is (MMFF94|GFN2xTB), which describes whole"
+    ):
+        make_force_field(name)
 
 
 @pytest.mark.parametrize("name", ["pairs", "valence"])
@@ -296,6 +307,56 @@ def test_linear_molecules_have_finite_forces():
         np.testing.assert_allclose(found["forces"][:4, :2], 0.0, atol=1e-6)
 
 
+def decanol(n: int) -> MolecularDataset:
+    """Shaken copies of a molecule that is too large for all pairs, with forces of no meaning."""
+    chem = pytest.importorskip("rdkit.Chem")
+    from rdkit.Chem import AllChem
+
+    mol = chem.AddHs(chem.MolFromSmiles("C" * 10 + "O"))
+    assert AllChem.EmbedMolecule(mol, randomSeed=1) == 0
+    z, pos = [atom.GetAtomicNum() for atom in mol.GetAtoms()], mol.GetConformer().GetPositions()
+    rng = np.random.default_rng(0)
+    shaken = np.tile(pos, (n, 1)) + 0.02 * rng.standard_normal((n * len(z), 3))
+    dataset = MolecularDataset(np.tile(z, n), shaken, len(z) * np.arange(n + 1))
+    return dataset.replace_targets({"energy": np.zeros(n), "forces": rng.standard_normal((n * len(z), 3))})
+
+
+@pytest.mark.parametrize("name", ["valence", "mmff94"])
+def test_molecules_beyond_all_pairs(name):
+    """Larger ones need a search for neighbors, which no force field with bonds looks at."""
+    dataset = decanol(3)
+    assert dataset.counts[0] > ALL_PAIRS_UP_TO
+    field = make_force_field(name).fit(dataset)
+    found, direct = field.columns(dataset), field(dataset.to_batch(5.0, torch.float64))
+    np.testing.assert_allclose(found["energy"], direct.energy.numpy(), atol=1e-10)
+    np.testing.assert_allclose(found["forces"], direct.forces.numpy(), atol=1e-9)
+    assert found["energy"].std() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["pairs", "valence"])
+def test_atoms_alone_have_no_terms(name):
+    dataset = labeled([Atoms("H")] * 3, lambda atoms: (0.0, np.zeros((1, 3))))
+    found = make_force_field(name).fit(dataset).columns(dataset)
+    assert not found["energy"].any()
+    assert not found["forces"].any()
+
+
+def test_constants_of_other_molecules_can_be_loaded(fitted, ethanol_frames):
+    """Also into a force field that has been used: nothing of before stays."""
+    used = ValenceForceField().fit(labeled([Atoms("HF", [[0, 0, 0], [0, 0, 0.92]])] * 3, morse))
+    used.load_state_dict(fitted["valence"].state_dict())
+    for name, values in fitted["valence"].columns(ethanol_frames[1]).items():
+        np.testing.assert_array_equal(used.columns(ethanol_frames[1])[name], values)
+
+
+def test_batches_are_made_where_the_constants_are(fitted, ethanol_frames):
+    """After a prediction on a GPU the prior is there: labels less its own must be found all the same."""
+    for name in ("pairs", "mmff94+pairs"):
+        moved = copy.deepcopy(fitted[name]).to("meta")
+        _, batch = next(iter(moved.batches(ethanol_frames[1])))
+        assert batch.pos.device.type == batch.z.device.type == "meta"
+
+
 def test_isomers_with_equal_elements_are_refused():
     """Dimethyl ether and ethanol in one order of elements: bonds could not be told from the elements."""
     from ase.build import molecule
@@ -360,6 +421,19 @@ def test_derivatives_along_coordinates_and_along_features_agree(fitted, ethanol_
         torch.testing.assert_close(few[column], -gradient, atol=1e-10, rtol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["pairs", "valence"])
+def test_long_data_are_thinned_but_nothing_is_forgotten(ethanol_frames, monkeypatch, name):
+    """A molecule that is there once, between frames that are looked at."""
+    monkeypatch.setattr(linear_module, "MAX_STRUCTURES", 10)
+    rare = labeled([Atoms("HF", [[0, 0, 0], [0, 0, 0.95]])], lambda atoms: (0.0, np.zeros((2, 3))))
+    train = MolecularDataset.concatenate([ethanol_frames[0][:31], rare, ethanol_frames[0][31:]])
+    field, looked_at = make_force_field(name), []
+    monkeypatch.setattr(field, "prepare", lambda part: (looked_at.append(len(part)), type(field).prepare(field, part)))
+    found = field.fit(train).columns(train)
+    assert np.isfinite(found["forces"]).all()
+    assert 10 <= looked_at[0] <= 12
+
+
 def test_fixed_atoms_do_not_count(monkeypatch):
     """Forces on fixed atoms may be nonsense."""
     monkeypatch.setattr(linear_module, "RIDGES", (1e-6,))
@@ -386,6 +460,7 @@ def test_a_sum_is_fitted_to_what_is_left(ethanol_frames, fitted):
     np.testing.assert_allclose(both.columns(test)["forces"], expected, atol=1e-9)
     left = [rms(fitted[name].subtract(test).targets["forces"]) for name in ("mmff94", "mmff94+pairs")]
     assert left[1] < 0.8 * left[0]
+    assert float(both.force_error) == float(second.force_error)
 
 
 # --------------------------------------------------------------------------------------------------------------- GFN2-xTB
@@ -410,3 +485,9 @@ def test_gfn2_xtb_says_why_it_failed():
     close = MolecularDataset.from_atoms([Atoms("H2", [[0, 0, 0], [0, 0, 0.0]])])
     with pytest.raises(DataError, match="structure 0 of the batch: GFN2-xTB failed"):
         field.columns(close)
+
+
+def test_gfn2_xtb_refuses_slabs():
+    slab = Atoms("OH2", [[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]], cell=[8, 8, 0], pbc=[True, True, False])
+    with pytest.raises(DataError, match=r"structure 0: pbc is \[True, True, False\]; GFN2-xTB is for molecules and"):
+        make_force_field("gfn2-xtb").columns(MolecularDataset.from_atoms([slab]))

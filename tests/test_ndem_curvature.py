@@ -178,6 +178,45 @@ def test_learned_confidence_goes_to_the_ratio_of_the_errors():
     assert np.isfinite(float(found["noisy_forces"].detach()))
 
 
+def test_learned_confidence_in_float32_and_without_fixed_atoms(ethanol):
+    """Labels of fixed atoms mean nothing: the averages do not see them."""
+    model = NDeMTorchMDNet(
+        objective="ndem_curvature", progress=False,
+        objective_options={"curvature": "lindh", "confidence": "learned", "sigma": (0.01, 0.1)},
+        backbone_options={"hidden_channels": 16, "num_layers": 1, "num_heads": 2},
+    ).fit(ethanol.select([0, 1, 2, 3]), max_steps=3)  # fmt: skip
+    objective, potential = model.objective_, model.potential_
+    assert objective.noisy_square.dtype == torch.float32
+    assert 1 <= int((objective.noisy_square != 1).sum()) <= 8
+    batch = ethanol.select([4, 5]).to_batch(5.0)
+    fixed = torch.zeros(len(batch.z), dtype=torch.bool)
+    fixed[:3] = True
+    nonsense = batch.targets["forces"] + 1e4 * fixed.unsqueeze(-1)
+    found = []
+    for forces in (batch.targets["forces"], nonsense):
+        objective.clean_square.fill_(1.0)
+        targets = {**batch.targets, "forces": forces}
+        objective(potential, batch.replace(fixed=fixed, targets=targets), torch.Generator().manual_seed(0))
+        found.append((float(objective.clean_square), objective.noisy_square.tolist()))
+        objective.noisy_square.fill_(1.0)
+    objective(potential, batch.replace(fixed=fixed), torch.Generator().manual_seed(0))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert objective.noisy_square.tolist() == pytest.approx(found[1][1], rel=1e-6)
+    assert found[0][0] != 1.0
+
+
+def test_another_target_with_an_independent_head(ethanol):
+    """Labels of displaced structures have no energy where none is learned."""
+    train = ethanol.select(np.arange(4))
+    train = train.replace_targets({"gap": np.arange(4.0), "forces": train.targets["forces"]})
+    model = NDeMTorchMDNet(
+        objective="ndem_curvature", target="gap", progress=False,
+        objective_options={"curvature": "lindh", "head": "independent", "sigma": 0.02},
+        backbone_options={"hidden_channels": 16, "num_layers": 1, "num_heads": 2},
+    ).fit(train, max_steps=2)  # fmt: skip
+    assert model.history_[-1]["train_ndem"] > 0
+
+
 def test_weight_of_the_energy_can_be_left_out():
     assert "noisy_energy" not in terms_of(curvature="none", energy=False)
     assert "noisy_energy" in terms_of(curvature="none")
@@ -195,6 +234,11 @@ def test_weight_of_the_energy_can_be_left_out():
             {"curvature": "springs", "confidence": "closed_form"},
             "needs a force field's error; curvature='springs' has none",
         ),
+        (
+            {"confidence": "learned", "probability": 0.5},
+            "confidence='learned' with probability=0.5: it compares two passes",
+        ),
+        ({"confidence": "learned", "head": "independent"}, "confidence='learned' with head='independent'"),
         ({"head": "noisy"}, "head='noisy'; allowed are main, independent, both"),
         ({"length": 0.0}, "length=0.0; it must be positive"),
         ({"sigma_schedule": "cosine"}, "allowed are constant, decay"),
@@ -266,6 +310,18 @@ def test_the_models_hessian_is_its_finite_difference(ethanol):
     assert not found.requires_grad
 
 
+@pytest.mark.parametrize("prior", [None, "valence"])
+def test_the_models_hessian_explains_its_own_changes(ethanol, prior):
+    """Of a network in float32, and with its prior, which has nearly all of it."""
+    model = NDeMTorchMDNet(
+        objective="supervised", progress=False, prior=prior,
+        backbone_options={"hidden_channels": 16, "num_layers": 1, "num_heads": 2},
+    ).fit(ethanol.select(np.arange(0, 600, 20)), max_steps=3)  # fmt: skip
+    found = explained(ModelHessian(model.potential_), ethanol.select([9, 10]), model, (0.002,))
+    assert found[0.002] > 0.99
+    assert model.potential_.prior is None if prior is None else model.potential_.prior is not None
+
+
 def test_learned_springs_learn_the_models_hessian_and_nothing_else(ethanol):
     model = NDeMTorchMDNet(
         objective="ndem_curvature", weight=0.5, progress=False,
@@ -280,6 +336,12 @@ def test_learned_springs_learn_the_models_hessian_and_nothing_else(ethanol):
     assert all(weight.grad is None or not weight.grad.any() for weight in potential.parameters())
     touched = objective.curvature.exponents.grad.nonzero().tolist()
     assert {tuple(pair) for pair in touched} == {(a, b) for a in (1, 6, 8) for b in (1, 6, 8)} - {(8, 8)}
+
+
+def test_springs_of_atoms_alone_are_lindhs():
+    dataset = MolecularDataset(np.array([1, 8]), np.zeros((2, 3)), np.array([0, 1, 2]))
+    springs = fitted_springs(dataset.replace_targets({"forces": np.zeros((2, 3))}), 300.0)
+    assert (springs.factors == 1).all()
 
 
 def test_what_is_explained_of_genuine_changes(shared_data):

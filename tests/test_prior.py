@@ -7,12 +7,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
+from ase.build import add_adsorbate, fcc111
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
 from sklearn.base import clone
 
 from ndem_zoo import NDeMCalculator, NDeMEquiformerV2, NDeMModel, NDeMTorchMDNet
 from ndem_zoo.datasets.base import MolecularDataset
-from ndem_zoo.errors import ConfigError, DataError
+from ndem_zoo.errors import ConfigError, DataError, DataWarning
 from ndem_zoo.forcefields import make_force_field
 
 SMALL = {
@@ -33,6 +37,26 @@ def data(ethanol):
 @pytest.fixture(scope="module")
 def model(data):
     return NDeMTorchMDNet(prior="valence", **SMALL).fit(*data[:2])
+
+
+@pytest.fixture(scope="module")
+def crystal_like():
+    """Oxygen on copper in two periodic directions, half of it fixed, with labels of EMT; numbers of the free atoms."""
+    rng, structures, labels = np.random.default_rng(0), [], []
+    for _ in range(12):
+        atoms = fcc111("Cu", (2, 2, 2), vacuum=6.0)
+        add_adsorbate(atoms, "O", 1.2, "fcc")
+        atoms.positions += 0.08 * rng.standard_normal(atoms.positions.shape)
+        structures.append(atoms)
+        atoms.calc = EMT()
+        labels.append((atoms.get_potential_energy(), atoms.get_forces()))
+        atoms.calc = None
+        atoms.set_constraint(FixAtoms(mask=atoms.get_tags() == 2))
+    dataset = MolecularDataset.from_atoms(structures).replace_targets(
+        {"energy": np.array([e for e, _ in labels]), "forces": np.concatenate([f for _, f in labels])}
+    )
+    assert dataset.fixed.sum() == 12 * 4
+    return dataset, np.flatnonzero(~dataset.fixed[: dataset.counts[0]])
 
 
 def test_prediction_is_network_plus_prior(model, data):
@@ -67,6 +91,9 @@ def test_saved_and_loaded(model, data, tmp_path):
     for name, values in model.predict(data[2]).items():
         np.testing.assert_array_equal(again.predict(data[2])[name], values)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["resolved"]["prior"] == "valence"
+    assert "the difference was learned: valence\n- Reference energies beyond the prior" in (
+        tmp_path / "model" / "card.md"
+    ).read_text(encoding="utf-8")
     weights = tmp_path / "model" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"weights\.safetensors"):
@@ -135,8 +162,11 @@ def test_a_backbone_with_few_neighbors_takes_no_pair_potential(data):
 
 def test_structures_that_the_prior_does_not_know(model, data):
     water = MolecularDataset.from_atoms([Atoms("OH2", [[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]])])
-    with pytest.raises(DataError, match=r"structure 0: .* no molecule with the atomic numbers \[8, 1, 1\]"):
-        model.predict(water)
+    alone = water.atoms(0)
+    alone.calc = NDeMCalculator(model)
+    for ask in (lambda: model.predict(water), alone.get_potential_energy):
+        with pytest.raises(DataError, match=r"structure 0: .* no molecule with the atomic numbers \[8, 1, 1\]"):
+            ask()
     labeled = water.replace_targets({"energy": np.zeros(1), "forces": np.zeros((3, 3))})
     with pytest.raises(DataError, match="validation set, structure 0"):
         NDeMTorchMDNet(prior="mmff94", **SMALL).fit(data[0], labeled)
@@ -144,3 +174,58 @@ def test_structures_that_the_prior_does_not_know(model, data):
     crystal = crystal.replace_targets({"energy": np.zeros(1), "forces": np.zeros((2, 3))})
     with pytest.raises(DataError, match="training set, prior 'valence': structure 0: it is periodic"):
         NDeMTorchMDNet(prior="valence", **SMALL).fit(crystal)
+
+
+def test_a_callback_sees_the_whole(data, tmp_path):
+    """Training runs on what the prior leaves; who predicts or saves in between gets energies and forces all the same."""
+    seen = []
+    learner = NDeMTorchMDNet(prior="valence", **SMALL)
+
+    def look(row: dict) -> None:
+        learner.save(tmp_path / "model")
+        seen.append((row["valid_forces_mae"], learner.evaluate(data[1])["forces_mae"]))
+
+    learner.fit(data[0], data[1], max_steps=2, callback=look)
+    assert seen
+    for residual, whole in seen:
+        assert whole == pytest.approx(residual, rel=1e-3)
+    again = NDeMModel.load(tmp_path / "model")
+    assert again.evaluate(data[1])["forces_mae"] == pytest.approx(seen[-1][1], rel=1e-6)
+    assert isinstance(learner.potential_.prior, type(again.potential_.prior))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda(data):
+    """The prior is where the network is, in training (the curvature of a published force field asks it), in prediction,
+    and when training goes on after a prediction."""
+    keywords = {**SMALL, "objective": "ndem_curvature", "objective_options": {"curvature": "mmff94", "sigma": 0.02}}
+    learner = NDeMTorchMDNet(prior="valence", device="cuda", **keywords).fit(*data[:2])
+    found = learner.predict(data[2])
+    learner.partial_fit(data[0], max_steps=1)
+    learner.device = "cpu"
+    assert np.isfinite(found["energy"]).all()
+    assert learner.evaluate(data[2])["forces_mae"] < 0.2
+
+
+def test_a_prior_of_pairs_on_a_slab(crystal_like):
+    """Periodic, with fixed atoms: forces are the derivative of the energy, prior included, whatever the neighbor list."""
+    frames, numbers = crystal_like
+    learner = NDeMTorchMDNet(prior="pairs", **SMALL).fit(frames)
+    atoms, step = frames.atoms(3), 1e-4
+    atoms.set_constraint()
+    atoms.calc = NDeMCalculator(learner, precision="64-true")
+    forces, predicted = atoms.get_forces(), learner.predict(frames)["forces"][3]
+    np.testing.assert_allclose(predicted, forces, atol=1e-3)
+    energies = []
+    for sign in (1, -1):
+        moved = atoms.copy()
+        moved.positions[numbers[-1], 2] += sign * step
+        moved.calc = NDeMCalculator(learner, precision="64-true")
+        energies.append(moved.get_potential_energy())
+    assert -(energies[0] - energies[1]) / (2 * step) == pytest.approx(forces[numbers[-1], 2], abs=1e-5)
+    strange = atoms.copy()
+    strange.numbers[numbers[-1]] = 7
+    strange.calc = NDeMCalculator(learner.set_params(unknown_elements="warn"))
+    with pytest.warns(DataWarning), pytest.raises(DataError, match="atomic number 7 is not among those"):
+        strange.get_potential_energy()

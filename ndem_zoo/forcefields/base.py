@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from ndem_zoo.sampling import Collator, atom_indices, size_batches
 
 #: Structures that are looked at side by side.
 _STRUCTURES_AT_ONCE = 64
+
+#: Å; neighbor lists of larger structures need some radius also where nobody looks at edges.
+_LEAST_RADIUS = 1.0
 
 
 class ClassicalPrediction(NamedTuple):
@@ -51,6 +54,8 @@ class ForceField(nn.Module, ABC):
     """
 
     cutoff: float = 0.0
+    #: Whether `fit` makes it describe the labels that it gets, and so what another force field left of them.
+    is_fitted_to_forces: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, dataset: MolecularDataset) -> Self:
@@ -78,9 +83,11 @@ class ForceField(nn.Module, ABC):
         return ClassicalPrediction(energy.detach(), forces)
 
     def batches(self, dataset: MolecularDataset, at_once: int = _STRUCTURES_AT_ONCE) -> Iterator[tuple]:
-        """Numbers of structures, and their batch in float64 with labels, until all are there."""
-        collate = Collator(dataset, self.cutoff, torch.float64)
-        for indices in size_batches(dataset, at_once, self.cutoff):
+        """Numbers of structures, and their batch in float64 with labels where the constants are, until all are there."""
+        device = next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
+        cutoff = max(self.cutoff, _LEAST_RADIUS)
+        collate = Collator(dataset, cutoff, torch.float64, device=device)
+        for indices in size_batches(dataset, at_once, cutoff):
             yield indices, collate(indices)
 
     def columns(self, dataset: MolecularDataset) -> dict[str, np.ndarray]:
@@ -89,8 +96,8 @@ class ForceField(nn.Module, ABC):
         energy, forces = np.empty(len(dataset)), np.empty((len(dataset.z), 3))
         for indices, batch in self.batches(dataset):
             found = self(batch)
-            energy[indices] = found.energy.numpy()
-            forces[atom_indices(dataset.ptr, indices)[0]] = found.forces.numpy()
+            energy[indices] = found.energy.cpu().numpy()
+            forces[atom_indices(dataset.ptr, indices)[0]] = found.forces.cpu().numpy()
         return {"energy": energy, "forces": forces}
 
     def subtract(self, dataset: MolecularDataset) -> MolecularDataset:
@@ -123,16 +130,33 @@ class SumOfForceFields(ForceField):
     ----------
     parts
         In the order in which they are fitted.
+
+    Raises
+    ------
+    ConfigError
+        If one after the first is published: it describes whole energies, whatever the others left, and they would count
+        twice.
     """
 
     def __init__(self, parts: list[ForceField]) -> None:
         super().__init__()
+        for number, part in enumerate(parts):
+            if number and not part.is_fitted_to_forces:
+                raise ConfigError(
+                    f"part {number} of a sum of force fields is {type(part).__name__}, which describes whole energies: only "
+                    "the first may, such as in 'mmff94+valence'; the others must be fitted to what is left"
+                )
         self.parts = nn.ModuleList(parts)
 
     @property
     def cutoff(self) -> float:
         """The largest of the parts'."""
         return max(part.cutoff for part in self.parts)
+
+    @property
+    def force_error(self) -> Tensor:
+        """Error of the force components in eV/Å on structures left out of the last part's fit."""
+        return self.parts[-1].force_error
 
     def fit(self, dataset: MolecularDataset) -> Self:
         """Fit one part after the other."""
@@ -163,7 +187,7 @@ def make_force_field(name: str) -> ForceField:
     Raises
     ------
     ConfigError
-        If there is none of this name; lists those that there are.
+        If there is none of this name; lists those that there are. For a sum, see `SumOfForceFields`.
     """
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{name!r} is no force field; allowed are {', '.join(sorted(FORCE_FIELDS))}, or a sum a+b")

@@ -6,11 +6,11 @@ The strength of the ridge is chosen by cross-validation over structures, so the 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ndem_zoo.datasets.base import MolecularDataset
@@ -18,7 +18,7 @@ from ndem_zoo.errors import DataError
 from ndem_zoo.forcefields.base import ForceField, require_forces
 from ndem_zoo.graph import Batch
 
-#: Choice: structures that a fit looks at, evenly spaced; there are a few hundred constants.
+#: Choice: structures that a fit looks at, evenly spaced, besides the first of every kind; there are a few hundred constants.
 MAX_STRUCTURES = 1000
 
 #: Choice: what the ridge is chosen from, relative to the mean square of a standardized column.
@@ -39,10 +39,16 @@ class LinearForceField(ForceField):
         Root mean square of the force components' error in eV/Å on structures left out of the fit.
     """
 
+    is_fitted_to_forces: ClassVar[bool] = True
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("coefficients", torch.zeros(0, dtype=torch.float64))
         self.register_buffer("force_error", torch.zeros((), dtype=torch.float64))
+
+    @abstractmethod
+    def first_of_kinds(self, dataset: MolecularDataset) -> Int[np.ndarray, " K"]:
+        """Structures that no fit may leave out, or something that the others do not have would be unknown."""
 
     @abstractmethod
     def prepare(self, dataset: MolecularDataset) -> None:
@@ -67,7 +73,8 @@ class LinearForceField(ForceField):
         name = type(self).__name__
         require_forces(dataset, name)
         if len(dataset) > MAX_STRUCTURES:
-            dataset = dataset.select(np.linspace(0, len(dataset) - 1, MAX_STRUCTURES).astype(np.int64))
+            spaced = np.linspace(0, len(dataset) - 1, MAX_STRUCTURES).astype(np.int64)
+            dataset = dataset.select(np.union1d(spaced, self.first_of_kinds(dataset)))
         self.prepare(dataset)
         folds: list[_Sums | None] = [None] * min(FOLDS, len(dataset))
         for number, (_, batch) in enumerate(self.batches(dataset, max(1, -(-len(dataset) // 20)))):
@@ -86,6 +93,8 @@ class LinearForceField(ForceField):
         A structure has fewer coordinates than there are features, or the other way round: derivatives are taken along the
         fewer. Structures do not see each other, so one coordinate of each is moved at a time.
         """
+        if not len(self.coefficients):
+            return batch.pos.new_zeros(0, len(batch.z), 3)
         n_atoms = batch.n_atoms
         place = torch.arange(len(batch.z)) - (torch.cumsum(n_atoms, 0) - n_atoms).index_select(0, batch.system)
         if 3 * int(n_atoms.max()) < len(self.coefficients):

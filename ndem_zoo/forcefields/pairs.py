@@ -48,6 +48,11 @@ class PairPotential(LinearForceField):
         """Number of pairs of elements."""
         return len(self.coefficients) // N_GAUSSIANS
 
+    def first_of_kinds(self, dataset: MolecularDataset) -> Int[np.ndarray, " K"]:
+        """The first structure with each element."""
+        _, first = np.unique(dataset.z, return_index=True)
+        return np.unique(np.searchsorted(dataset.ptr, first, side="right") - 1)
+
     def prepare(self, dataset: MolecularDataset) -> None:
         """Number the pairs of elements."""
         present = np.unique(dataset.z).astype(np.int64)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ndem_zoo.datasets.base import MolecularDataset
@@ -125,6 +125,10 @@ class ValenceForceField(LinearForceField):
             self.register_buffer(f"{name}_present", torch.zeros(0, 0, dtype=torch.bool))
             self.register_buffer(f"{name}_classes", torch.zeros((), dtype=torch.long))
 
+    def first_of_kinds(self, dataset: MolecularDataset) -> Int[np.ndarray, " K"]:
+        """The first structure of each molecule."""
+        return np.unique(keys_of(dataset), return_index=True)[1]
+
     def prepare(self, dataset: MolecularDataset) -> None:
         """Find the molecules, number the kinds of terms, and average their geometry."""
         mols, keys = distinct_molecules(dataset)
@@ -156,6 +160,10 @@ class ValenceForceField(LinearForceField):
             self._widths = {name: int(getattr(self, f"{name}_classes")) * g.n_values for name, g in GROUPS.items()}
         return self._widths
 
+    def _load_from_state_dict(self, *args, **keywords):
+        self._widths = None  # those of other molecules
+        super()._load_from_state_dict(*args, **keywords)
+
     def check(self, dataset: MolecularDataset) -> None:
         """Raise DataError for a structure that is none of the molecules of the training data."""
         check_known(dataset, self.keys, "the valence force field")
@@ -163,7 +171,7 @@ class ValenceForceField(LinearForceField):
     def features(self, batch: Batch) -> Float[Tensor, "S P"]:
         """Values of all terms, summed over those of a kind; NaN for a structure of another molecule."""
         which, known = molecule_of(batch, self.keys)
-        parts = []
+        parts = [batch.pos.new_zeros(batch.n_systems, 0)]  # an atom alone has no terms
         for name, group in GROUPS.items():
             width = self.widths[name]
             if width == 0:

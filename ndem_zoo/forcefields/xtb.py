@@ -24,7 +24,7 @@ from ndem_zoo.forcefields.base import ClassicalPrediction, ForceField
 from ndem_zoo.graph import Batch
 from ndem_zoo.optional import require
 
-#: What a failed calculation returns in the place of its energy.
+#: Atomic number of the heaviest element that the method has constants for.
 _HEAVIEST = 86
 
 
@@ -47,7 +47,13 @@ class GFN2xTB(ForceField):
         return self
 
     def check(self, dataset: MolecularDataset) -> None:
-        """Raise DataError for an element that the method does not have."""
+        """Raise DataError for an element that the method does not have, and for slabs and wires."""
+        partly = np.zeros(0, int) if dataset.pbc is None else np.flatnonzero(dataset.pbc.any(1) & ~dataset.pbc.all(1))
+        if len(partly):
+            raise DataError(
+                f"structure {partly[0]}: pbc is {dataset.pbc[partly[0]].tolist()}; GFN2-xTB is for molecules and for "
+                "structures that are periodic in three directions"
+            )
         bad = np.flatnonzero(dataset.z > _HEAVIEST)
         if len(bad):
             number = int(np.searchsorted(dataset.ptr, bad[0], side="right")) - 1

@@ -367,8 +367,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         """Check everything, build, and train."""
         start = None if init_from is None else start_from(init_from, init_partial)
         train_set, valid_set = self._checked(dataset, valid, limits, known=None, pretraining=pretraining)
-        prior = None if pretraining else self._fit_prior(train_set)
-        train_set, valid_set = _less(prior, train_set), _less(prior, valid_set, "validation")
+        prior, train_set, valid_set = (
+            (None, train_set, valid_set) if pretraining else self._beyond_prior(train_set, valid_set, is_new=True)
+        )
         self._build(train_set, start, init_partial, pretraining, prior)
         return self._train(train_set, valid_set, limits, **options)
 
@@ -400,8 +401,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         limits = {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time}
         train_set, valid_set = self._checked(dataset, valid, limits, known=getattr(self, "reference_", None))
         is_new = not hasattr(self, "potential_")
-        prior = self._fit_prior(train_set) if is_new else self.potential_.prior
-        train_set, valid_set = _less(prior, train_set), _less(prior, valid_set, "validation")
+        prior, train_set, valid_set = self._beyond_prior(train_set, valid_set, is_new)
         if is_new:
             self._build(train_set, prior=prior)
         else:
@@ -409,7 +409,12 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         return self._train(train_set, valid_set, limits, callback=callback)
 
     def _train(
-        self, train_set: MolecularDataset, valid_set: MolecularDataset | None, limits: dict[str, Any], **options: Any
+        self,
+        train_set: MolecularDataset,
+        valid_set: MolecularDataset | None,
+        limits: dict[str, Any],
+        callback: Callable[[dict[str, float]], None] | None = None,
+        **options: Any,
     ) -> NDeMModel:
         """Run the loop and keep its history."""
         self.potential_.backbone.use_plan(self._plan(), torch_device(self.device))
@@ -418,6 +423,14 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         machine = provenance.machine(torch_device(self.device))
         self.provenance_ = {"init_from": self.provenance_.get("init_from"), "fit": given, "machine": machine}
         identity = {name: self.resolved_[name] for name in ("backbone", "forces", "scale")}
+        prior = self.potential_.prior
+        if prior is not None:
+            prior.to(torch_device(self.device))  # the objective may ask it, though the potential does not
+
+        def whole(row: dict[str, float]) -> None:
+            with self.potential_.with_prior(prior):  # a callback may predict, or save the model
+                callback(row)
+
         with self.potential_.without_prior():  # the labels are less the prior's
             history = train(
                 self.potential_,
@@ -427,6 +440,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 _settings(self.resolved_, limits),
                 device=torch_device(self.device),
                 progress=self.progress,
+                callback=None if callback is None else whole,
                 identity=_plain(identity | {"reference_energies": self.resolved_["reference_energies"]}),
                 **options,
             )
@@ -552,6 +566,13 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             return prior.fit(train_set)
         except DataError as error:
             raise DataError(f"training set, prior {self.prior!r}: {error}") from error
+
+    def _beyond_prior(
+        self, train_set: MolecularDataset, valid_set: MolecularDataset | None, is_new: bool
+    ) -> tuple[ForceField | None, MolecularDataset, MolecularDataset | None]:
+        """The prior, fitted if the model is new, and what a network has to learn beyond it."""
+        prior = self._fit_prior(train_set) if is_new else self.potential_.prior
+        return prior, _less(prior, train_set), _less(prior, valid_set, "validation")
 
     def _build(
         self,

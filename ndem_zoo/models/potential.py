@@ -7,7 +7,7 @@ eV/Å, other targets in the unit of `ndem_zoo.properties`; inside, the network w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -123,13 +123,17 @@ class Potential(nn.Module):
         self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
 
     @contextmanager
-    def without_prior(self) -> Iterator[None]:
-        """The network alone, as it is trained."""
-        prior, self.__dict__["prior"] = self.prior, None
+    def with_prior(self, prior: ForceField | None) -> Iterator[None]:
+        """With another prior, or none, for a while."""
+        before, self.__dict__["prior"] = self.prior, prior
         try:
             yield
         finally:
-            self.__dict__["prior"] = prior
+            self.__dict__["prior"] = before
+
+    def without_prior(self) -> AbstractContextManager[None]:
+        """The network alone, as it is trained."""
+        return self.with_prior(None)
 
     def attach_prior(self, prior: ForceField | None) -> None:
         """Add the energies and forces of `prior` from now on."""

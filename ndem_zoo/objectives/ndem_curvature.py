@@ -58,7 +58,7 @@ class NDeMCurvatureOptions(NoiseOptions):
         1: every structure is seen as it is, and displaced in a second pass (twice the cost). Below 1: one pass, in which
         each structure is displaced with this probability, at no cost; for ``head="main"``.
     confidence
-        Weight of a displaced structure by its sigma. ``"closed_form"``: t² / (t² + v), with v = 2 e² (1 - exp(-sigma² /
+        Weight of a displaced structure by its sigma, for the main head. ``"closed_form"``: t² / (t² + v), with v = 2 e² (1 - exp(-sigma² /
         (2 l²))) the variance of the change's error, e the force field's error on the training forces and l = `length`;
         t = `tolerance` times the scale. ``"learned"``: the mean square error on clean structures over that on displaced
         ones with a similar sigma, at most 1.
@@ -106,6 +106,14 @@ class NDeMCurvatureOptions(NoiseOptions):
             )
         if self.curvature == "learned_springs" and (self.head == "independent" or self.probability < 1):
             raise ConfigError("learned springs need the main head's forces before and after: head='main' or 'both'")
+        if self.confidence != "none" and self.head == "independent":
+            raise ConfigError(
+                f"confidence={self.confidence!r} with head='independent': it weighs the main head's terms"
+            )
+        if self.confidence == "learned" and self.probability < 1:
+            raise ConfigError(
+                f"confidence='learned' with probability={self.probability}: it compares two passes over the same structures"
+            )
         if self.confidence == "closed_form" and self.curvature in NAMED:
             raise ConfigError(
                 f"confidence='closed_form' needs a force field's error; curvature={self.curvature!r} has none"
@@ -175,7 +183,7 @@ class NDeMCurvature(Objective):
         before = batch.targets["forces"]
         after = before + change.to(before.dtype)
         labels = {**batch.targets, "forces": after}
-        if self.supervised.energy_weight:
+        if self.supervised.energy_weight and self.supervised.target == "energy":
             work = ((before + after) * noise.epsilon.to(before.dtype)).sum(-1)
             labels["energy"] = batch.targets["energy"] - 0.5 * sum_over_atoms(work, batch)
         return labels
@@ -217,17 +225,18 @@ class NDeMCurvature(Objective):
         if self.options.confidence != "learned":
             return self._closed_form(potential, noise, noisy[1])
         with torch.no_grad():
+            free = (~clean[1].fixed).to(self.noisy_square.dtype)  # the averages have the network's dtype
             square, expected = (
-                (prediction.forces - batch.targets["forces"]).double().square().mean(-1)
+                free * (prediction.forces - batch.targets["forces"]).to(free.dtype).square().mean(-1)
                 for prediction, batch in (noisy, clean)
             )
             place = (noise.sigma[:, 0].double().log10() + 3.0) / 3.0 * _BINS
             bins = place.long().clamp(0, _BINS - 1)
-            counts = torch.zeros_like(self.noisy_square).index_add_(0, bins, torch.ones_like(square))
+            counts = torch.zeros_like(self.noisy_square).index_add_(0, bins, free)
             sums = torch.zeros_like(self.noisy_square).index_add_(0, bins, square)
             seen = torch.lerp(sums / counts.clamp(min=1), self.noisy_square, _SLOWNESS)
             self.noisy_square = torch.where(counts > 0, seen, self.noisy_square)
-            self.clean_square = torch.lerp(expected.mean(), self.clean_square, _SLOWNESS)
+            self.clean_square = torch.lerp(expected.sum() / free.sum().clamp(min=1), self.clean_square, _SLOWNESS)
             trust = (self.clean_square / self.noisy_square.clamp(min=1e-12)).clamp(max=1.0)
             first = torch.cumsum(clean[1].n_atoms, 0) - clean[1].n_atoms
             return trust[bins[first]]
