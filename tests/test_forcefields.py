@@ -248,6 +248,18 @@ def test_pair_potential_in_a_crystal():
     np.testing.assert_allclose(two["forces"][: len(structures[0])], one["forces"], atol=1e-9)
 
 
+def test_elements_that_never_meet_take_no_constants_and_feel_nothing():
+    """Two kinds of clusters: pairs between them are not numbered, and their atoms pass through each other."""
+    carbon = [Atoms("C6", atoms.positions) for atoms in clusters(10, 1)]
+    helium = [Atoms("He6", atoms.positions) for atoms in clusters(10, 2)]
+    fitted = PairPotential().fit(labeled(carbon + helium, morse))
+    assert fitted.n_classes == 2
+    mixed = MolecularDataset(np.array([6, 2]), np.array([[0, 0, 0], [0, 0, 1.2]]), np.array([0, 2]))
+    assert not fitted.columns(mixed)["forces"].any()
+    same = MolecularDataset(np.array([6, 6]), np.array([[0, 0, 0], [0, 0, 1.2]]), np.array([0, 2]))
+    assert np.abs(fitted.columns(same)["forces"]).max() > 0.1
+
+
 def test_pair_potential_refuses_other_elements_and_too_few_neighbors(fitted, ethanol_frames):
     strange = MolecularDataset(np.array([1, 8, 17]), np.eye(3), np.array([0, 2, 3]))
     with pytest.raises(DataError, match=r"structure 1: atomic number 17 .* \[1, 6, 8\]"):

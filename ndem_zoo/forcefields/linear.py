@@ -24,6 +24,9 @@ MAX_STRUCTURES = 1000
 #: Choice: what the ridge is chosen from, relative to the mean square of a standardized column.
 RIDGES = tuple(10.0**power for power in range(-6, 1))
 
+#: Edges times derivatives that are held at a time: some 100 MB with the eight or so numbers of an edge.
+_NUMBERS_AT_ONCE = 1_000_000
+
 #: Choice: parts of the data for the cross-validation.
 FOLDS = 5
 
@@ -103,15 +106,22 @@ class LinearForceField(ForceField):
             def along(move: Tensor) -> Tensor:
                 return torch.func.jvp(lambda pos: self.features(batch.replace(pos=pos)), (batch.pos,), (move,))[1]
 
-            found = torch.func.vmap(along)(moves)  # (3 n, S, P)
+            found = torch.func.vmap(along, chunk_size=self._at_once(batch))(moves)  # (3 n, S, P)
             rows = (3 * place.unsqueeze(-1) + torch.arange(3)).flatten()
             return -found[rows, batch.system.repeat_interleave(3)].T.reshape(-1, len(batch.z), 3)
         with torch.enable_grad():
             pos = batch.pos.detach().requires_grad_()
             features = self.features(batch.replace(pos=pos)).sum(0)
-            unit = torch.eye(len(features), dtype=features.dtype)
-            (gradient,) = torch.autograd.grad(features, pos, unit, is_grads_batched=True)
-        return -gradient
+            units = torch.eye(len(features), dtype=features.dtype).split(self._at_once(batch))
+            found = [
+                torch.autograd.grad(features, pos, unit, is_grads_batched=True, retain_graph=True)[0] for unit in units
+            ]
+        return -torch.cat(found)
+
+    @staticmethod
+    def _at_once(batch: Batch) -> int:
+        """How many derivatives are taken side by side: each holds some numbers for every edge."""
+        return max(1, _NUMBERS_AT_ONCE // max(len(batch.src), 3 * len(batch.z)))
 
 
 class _Sums:

@@ -38,6 +38,7 @@ class PairPotential(LinearForceField):
         self.cutoff = float(cutoff)
         self.register_buffer("pair_class", torch.full((MAX_Z + 1, MAX_Z + 1), -1, dtype=torch.long))
         self.register_buffer("shortest", torch.zeros(0, dtype=torch.float64))
+        self.register_buffer("elements", torch.zeros(MAX_Z + 1, dtype=torch.bool))
         centers = torch.linspace(
             np.exp(-FARTHEST / LENGTH), np.exp(-NEAREST / LENGTH), N_GAUSSIANS, dtype=torch.float64
         )
@@ -54,22 +55,23 @@ class PairPotential(LinearForceField):
         return np.unique(np.searchsorted(dataset.ptr, first, side="right") - 1)
 
     def prepare(self, dataset: MolecularDataset) -> None:
-        """Number the pairs of elements."""
-        present = np.unique(dataset.z).astype(np.int64)
-        first, second = np.triu_indices(len(present))
-        table = torch.full_like(self.pair_class, -1)
-        for number, (a, b) in enumerate(zip(present[first], present[second], strict=True)):
-            table[a, b] = table[b, a] = number
-        self.pair_class = table
-        self.shortest = torch.full((len(first),), self.cutoff, dtype=torch.float64)
+        """Number the pairs of elements that come near each other, and find their shortest distances."""
+        shortest = torch.full(((MAX_Z + 1) ** 2,), self.cutoff, dtype=torch.float64)
         for _, batch in self.batches(dataset):
-            kind = self._kind(batch)
-            self.shortest.scatter_reduce_(0, kind, safe_norm(batch.vectors()).clamp(max=self.cutoff), "amin")
-        self.coefficients = torch.zeros(len(first) * N_GAUSSIANS, dtype=torch.float64)
+            low, high = (end(*self._ends(batch)) for end in (torch.minimum, torch.maximum))
+            shortest.scatter_reduce_(0, low * (MAX_Z + 1) + high, safe_norm(batch.vectors()), "amin")
+        near = (shortest < self.cutoff).nonzero()[:, 0]
+        table = torch.full_like(self.pair_class, -1)
+        table.view(-1)[near] = torch.arange(len(near))
+        self.pair_class = torch.maximum(table, table.T)
+        self.shortest = shortest[near]
+        self.elements = torch.zeros_like(self.elements)
+        self.elements[torch.from_numpy(np.unique(dataset.z).astype(np.int64))] = True
+        self.coefficients = torch.zeros(len(near) * N_GAUSSIANS, dtype=torch.float64)
 
     def check(self, dataset: MolecularDataset) -> None:
         """Raise DataError for an element that it was not fitted to."""
-        known = (self.pair_class.diagonal() >= 0).cpu().numpy()
+        known = self.elements.cpu().numpy()
         bad = np.flatnonzero(~known[dataset.z])
         if len(bad):
             number = int(np.searchsorted(dataset.ptr, bad[0], side="right")) - 1
@@ -79,13 +81,17 @@ class PairPotential(LinearForceField):
             )
 
     def features(self, batch: Batch) -> Float[Tensor, "S P"]:
-        """Gaussians of all pairs, summed for each pair of elements."""
+        """Gaussians of all pairs, summed for each pair of elements; those that the training data lack have no force."""
         check_complete(batch, self.cutoff, "a pair potential")
-        kind = self._kind(batch)
+        if self.n_classes == 0:
+            return batch.pos.new_zeros(batch.n_systems, 0)
+        seen = self.pair_class[self._ends(batch)]
+        kind = seen.clamp(min=0)
         distance = safe_norm(batch.vectors()).unsqueeze(-1)  # (E, 1)
         known = torch.maximum(distance, self.shortest[kind].unsqueeze(-1))
         ends = torch.pi * (distance / self.cutoff).clamp(max=1.0)
         radial = self._gaussians(distance, known) * (0.25 * (torch.cos(ends) + 1.0))  # every pair is two edges
+        radial = radial * (seen >= 0).unsqueeze(-1)
         row = batch.system.index_select(0, batch.dst) * self.n_classes + kind
         summed = radial.new_zeros(batch.n_systems * self.n_classes, N_GAUSSIANS).index_add(0, row, radial)
         return summed.view(batch.n_systems, self.n_classes * N_GAUSSIANS)
@@ -98,7 +104,7 @@ class PairPotential(LinearForceField):
         value = torch.exp(-0.5 * offset.square())
         return value + value * offset * position / (width * LENGTH) * (distance - known)
 
-    def _kind(self, batch: Batch) -> Int[Tensor, " E"]:
-        """Which pair of elements each edge is; 0 for elements that are not known, which `check` refuses."""
-        ends = batch.z.index_select(0, batch.src), batch.z.index_select(0, batch.dst)
-        return self.pair_class[ends].clamp(min=0)
+    @staticmethod
+    def _ends(batch: Batch) -> tuple[Int[Tensor, " E"], Int[Tensor, " E"]]:
+        """Atomic numbers of both atoms of each edge."""
+        return batch.z.index_select(0, batch.src), batch.z.index_select(0, batch.dst)
