@@ -190,10 +190,10 @@ def fitted_springs(dataset: MolecularDataset, temperature: float, cutoff: float 
 
     Notes
     -----
-    Eq. For a Boltzmann sample and any field g, <g . F> = -kT <div g>. With g = u (u . F_j) on atom i and u the direction from
-    i to j, this is <(u . F_i)(u . F_j)> = kT (<u H_ij u> + 2 <u . F_j / r>), and a spring has u H_ij u = -k. Factors are the
-    least-squares ones over the bonds of two elements (pairs with a tenth of the strongest spring or more), at least 0; 1 where
-    there are none.
+    Eq. For a Boltzmann sample and any field g, <g . F> = -kT <div g>. With g = c(r) u (u . F_j) on atom i, u the direction
+    from i to j, this is <c (u . F_i)(u . F_j)> = kT <c u H_ij u + (2 c / r + dc/dr) u . F_j>, and a spring has u H_ij u = -k.
+    With c Lindh's constant, factors are the least-squares ones over the bonds of two elements (pairs with a tenth of the
+    strongest spring or more), at least 0; 1 where there are none.
     """
     if not temperature > 0:
         raise ConfigError(f"temperature={temperature!r} K; it must be positive")
@@ -203,15 +203,19 @@ def fitted_springs(dataset: MolecularDataset, temperature: float, cutoff: float 
     right, square = (torch.zeros((MAX_Z + 1) ** 2, dtype=torch.float64) for _ in range(2))
     for start in range(0, len(dataset), 256):
         batch = dataset.select(slice(start, start + 256)).to_batch(cutoff, torch.float64)
-        constant, direction = rule.stiffness(batch)
-        if not len(constant):  # atoms alone
+        _, direction = rule.stiffness(batch)
+        if not len(direction):  # atoms alone
             continue
-        distance, forces = safe_norm(batch.vectors()), batch.targets["forces"]
+        ends = batch.z.index_select(0, batch.dst), batch.z.index_select(0, batch.src)
+        distance, forces = safe_norm(batch.vectors()).requires_grad_(), batch.targets["forces"]
+        constant = lindh_stiffness(*ends, distance)
+        (slope,) = torch.autograd.grad(constant.sum(), distance)
+        constant, distance = constant.detach(), distance.detach()
         near, far = ((direction * forces.index_select(0, atoms)).sum(-1) for atoms in (batch.dst, batch.src))
-        observed = 2 * far / distance - near * far / kT
+        observed = constant * (2 * far / distance - near * far / kT) + slope * far
         kind = batch.z.index_select(0, batch.dst) * (MAX_Z + 1) + batch.z.index_select(0, batch.src)
         is_near = (constant >= 0.1 * constant.max()).double()
-        right.index_add_(0, kind, constant * observed * is_near)
+        right.index_add_(0, kind, observed * is_near)
         square.index_add_(0, kind, constant.square() * is_near)
     both = [values.view(MAX_Z + 1, -1) + values.view(MAX_Z + 1, -1).T for values in (right, square)]
     fitted = (both[0] / both[1].clamp(min=1e-300)).clamp(min=0.0)

@@ -217,6 +217,23 @@ def test_another_target_with_an_independent_head(ethanol):
     assert model.history_[-1]["train_ndem"] > 0
 
 
+@pytest.mark.parametrize("probability", [1.0, 0.3])
+def test_trust_counts_for_energies_as_for_forces(monkeypatch, probability):
+    """Half of it: half of the terms of what was moved; what was not moved has an error of 0."""
+    name = "_trust" if probability == 1 else "_closed_form"
+    names = [f"noisy_{label}" if probability == 1 else label for label in ("energy", "forces")]
+    found = []
+    for trust in (1.0, 0.5):
+        objective, potential, batch, rng = harmonic(curvature="isotropic", constant=0.0, probability=probability)
+        monkeypatch.setattr(
+            NDeMCurvature, name, lambda *_, n=batch.n_systems, trust=trust: torch.full((n,), trust, dtype=torch.float64)
+        )
+        terms = objective(potential, batch, rng)
+        found.append([float(terms[label].detach()) for label in names])
+    assert min(found[0]) > 1e-6
+    assert found[1] == pytest.approx([0.5 * value for value in found[0]], rel=1e-9)
+
+
 def test_weight_of_the_energy_can_be_left_out():
     assert "noisy_energy" not in terms_of(curvature="none", energy=False)
     assert "noisy_energy" in terms_of(curvature="none")
@@ -274,11 +291,12 @@ def test_springs_are_the_hessian_of_springs():
         assert float(springs.force_change(batch, still).abs().max()) < 1e-12
 
 
-def test_springs_of_a_thermal_diatomic_come_back():
+@pytest.mark.parametrize("k", [4.0, 30.0])
+def test_springs_of_a_thermal_diatomic_come_back(k):
     """Molecules in a Boltzmann distribution of one known spring: the covariance of forces gives its constant."""
-    k, kT, rest, n = 30.0, units.kB * 600.0, 1.13, 40_000
+    kT, rest, n = units.kB * 600.0, 1.13, 40_000
     rng = np.random.default_rng(0)
-    grid = np.linspace(0.8, 1.5, 4001)
+    grid = np.linspace(0.5, 2.0, 8001)
     weight = grid**2 * np.exp(-0.5 * k * (grid - rest) ** 2 / kT)  # the shell's volume counts
     r = rng.choice(grid, n, p=weight / weight.sum())
     u = rng.standard_normal((n, 3))
@@ -289,8 +307,9 @@ def test_springs_of_a_thermal_diatomic_come_back():
     dataset = MolecularDataset(np.tile([6, 8], n), pos.reshape(-1, 3), 2 * np.arange(n + 1))
     dataset = dataset.replace_targets({"energy": np.zeros(n), "forces": forces.reshape(-1, 3)})
     springs = fitted_springs(dataset, 600.0)
-    constant, _ = springs.stiffness(dataset.select(np.arange(4000)).to_batch(3.0, torch.float64))
-    assert float(constant.mean()) == pytest.approx(k, rel=0.05)
+    constant, _ = Springs().stiffness(dataset.to_batch(3.0, torch.float64))
+    expected = k * float(constant.mean() / constant.square().mean())  # least squares of factor * constant against k
+    assert float(springs.factors[6, 8]) == pytest.approx(expected, rel=0.008)
     assert float(springs.factors[1, 1]) == 1.0  # no such bonds: Lindh's own
     with pytest.raises(ConfigError, match=r"temperature=0\.0 K"):
         fitted_springs(dataset, 0.0)
@@ -330,6 +349,13 @@ def test_learned_springs_learn_the_models_hessian_and_nothing_else(ethanol):
     ).fit(ethanol.select([0, 1, 2]), max_steps=2)  # fmt: skip
     objective, potential = model.objective_, model.potential_.train()
     terms = objective(potential, ethanol.select([4]).to_batch(5.0), torch.Generator().manual_seed(0))
+    moved, noise = objective.displace(potential, ethanol.select([4]).to_batch(5.0), torch.Generator().manual_seed(0))
+    clean = ethanol.select([4]).to_batch(5.0)
+    seen = (potential(moved).forces - potential(clean).forces).detach()
+    told = objective.curvature.force_change(clean, noise.epsilon).detach()
+    expected = ((told - seen) / float(potential.scale)).square().mean()
+    assert float(terms["springs"].detach()) == pytest.approx(float(expected), rel=1e-4)
+    assert float(expected) != pytest.approx(float(((told + seen) / float(potential.scale)).square().mean()), rel=1e-2)
     potential.zero_grad()
     objective.zero_grad()
     terms["springs"].backward()
@@ -393,6 +419,16 @@ def test_fixed_atoms_and_calculators_and_mismatches(ethanol):
     calculator = LennardJones(sigma=2.3, epsilon=0.01, rc=8.0, smooth=False)
     found = explained(NoChange(), dataset, calculator, (0.01,), seed=int(rng.integers(9)))
     assert found[0.01] == pytest.approx(0.0)
+    seen = []
+
+    class Watched(NoChange):
+        def force_change(self, batch, epsilon, moved=None):
+            seen.append(epsilon)
+            return super().force_change(batch, epsilon)
+
+    explained(Watched(), dataset, calculator, (0.01,))
+    assert not seen[0][0].any(), "a fixed atom is not moved"
+    assert seen[0][1:].abs().min() > 0
     with pytest.raises(DataError, match="must have the same atoms"):
         explained_between(NoChange(), ethanol.select([0]), ethanol.select([0, 1]))
     with pytest.raises(ConfigError, match="gives no forces"):
@@ -429,6 +465,18 @@ def test_what_the_prior_changes_is_taken_off(with_prior):
     for name in ("springs", "element"):
         with pytest.raises(ConfigError, match="describes whole forces; with a prior use"):
             make_curvature(name, model.potential_, rest, **keywords)
+
+
+def test_confidence_knows_the_error_of_the_whole(ethanol):
+    """A published force field beside a prior: its error is that on the labels, not on what the prior left."""
+    train = ethanol.select(np.arange(0, 200, 10))
+    model = NDeMTorchMDNet(
+        prior="pairs", objective="ndem_curvature", progress=False,
+        objective_options={"curvature": "mmff94", "confidence": "closed_form", "sigma": 0.02},
+        backbone_options={"hidden_channels": 16, "num_layers": 1, "num_heads": 2},
+    ).fit(train, max_steps=1)  # fmt: skip
+    error = make_force_field("mmff94").fit(train).subtract(train).targets["forces"]
+    assert float(model.objective_.force_error) == pytest.approx(float(np.sqrt(np.square(error).mean())), rel=1e-6)
 
 
 def test_a_periodic_system_with_direct_forces():

@@ -105,6 +105,14 @@ def test_copies_and_clones(model, data):
     assert clone(model).prior == "valence"
 
 
+def test_moved_with_the_potential(model):
+    """Where the network is, there is the prior; its constants stay float64."""
+    moved = copy.deepcopy(model.potential_).to("meta", torch.float32)
+    assert {tensor.device.type for tensor in moved.prior.buffers()} == {"meta"}
+    assert moved.prior.coefficients.dtype == torch.float64
+    assert {tensor.device.type for tensor in model.potential_.prior.buffers()} == {"cpu"}
+
+
 def test_calculator(model, data):
     atoms = data[2].atoms(0)
     atoms.calc = NDeMCalculator(model)
