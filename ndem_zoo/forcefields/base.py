@@ -154,8 +154,8 @@ class SumOfForceFields(ForceField):
         return max(part.cutoff for part in self.parts)
 
     @property
-    def force_error(self) -> Tensor:
-        """Error of the force components in eV/Å on structures left out of the last part's fit."""
+    def force_error(self) -> Float[Tensor, ""]:
+        """Scalar: error of the force components in eV/Å on structures left out of the last part's fit."""
         return self.parts[-1].force_error
 
     def fit(self, dataset: MolecularDataset) -> Self:
