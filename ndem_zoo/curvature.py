@@ -338,7 +338,7 @@ def explained(
     Returns
     -------
     share : dict
-        1 - sum |dF - predicted|² / sum |dF|² by sigma: 1 is all, 0 what "no change" gets, and it can be negative.
+        One minus the sum of squared errors over the sum of squared changes, by sigma: 1 is all, 0 what "no change" gets, and it can be negative.
     """
     rng = np.random.default_rng(seed)
     free = np.ones((len(dataset.z), 1)) if dataset.fixed is None else ~dataset.fixed[:, None]
