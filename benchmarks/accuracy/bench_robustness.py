@@ -36,7 +36,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from ase import Atoms, units  # noqa: E402
 from ase.calculators.calculator import Calculator, all_changes  # noqa: E402
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation  # noqa: E402
+from ase.md.velocitydistribution import Stationary, ZeroRotation  # noqa: E402
 from ase.optimize import BFGS  # noqa: E402
 
 from benchmarks.accuracy.ablation import CELLS, SETTINGS, model_of  # noqa: E402
@@ -229,7 +229,9 @@ class Copies:
 
 def _velocities(atoms: Atoms, pos: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:
     atoms = Atoms(atoms.numbers, pos)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
+    # Eq.: Maxwell and Boltzmann's distribution, <p²> = m k T for each component
+    widths = np.sqrt(atoms.get_masses() * units.kB * temperature)[:, None]
+    atoms.set_momenta(widths * rng.standard_normal(pos.shape))
     # Pitfall: by default ASE scales the velocities up again, and the internal motion becomes too hot.
     Stationary(atoms, preserve_temperature=False)
     ZeroRotation(atoms, preserve_temperature=False)
