@@ -7,7 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from ndem_zoo import registry
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def registries_as_they_were():
+    """What a test registers, nobody sees afterwards."""
+    tables = [registry.BACKBONES, registry.MODELS, registry.OBJECTIVES, registry.DATASETS, registry.FORCE_FIELDS]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,6 @@ import pytest
 pytest.importorskip("rdkit", reason="needs RDKit: some cells need bonds")
 
 from benchmarks.accuracy import ablation
-from ndem_zoo import registry
-
-
-@pytest.fixture(autouse=True)
-def controls():
-    """The controls are registered for these tests only."""
-    before = dict(registry.OBJECTIVES)
-    yield
-    registry.OBJECTIVES.clear()
-    registry.OBJECTIVES.update(before)
 
 
 @pytest.mark.parametrize("cell", ablation.CELLS)
