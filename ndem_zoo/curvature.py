@@ -199,21 +199,22 @@ def fitted_springs(dataset: MolecularDataset, temperature: float, cutoff: float 
         raise ConfigError(f"temperature={temperature!r} K; it must be positive")
     if "forces" not in dataset.targets:
         raise DataError(f"springs are fitted to forces; the dataset has {dataset.tasks}")
-    rule, kT = Springs(), BOLTZMANN * temperature
+    kT = BOLTZMANN * temperature
     right, square = (torch.zeros((MAX_Z + 1) ** 2, dtype=torch.float64) for _ in range(2))
     for start in range(0, len(dataset), 256):
         batch = dataset.select(slice(start, start + 256)).to_batch(cutoff, torch.float64)
-        _, direction = rule.stiffness(batch)
-        if not len(direction):  # atoms alone
+        if not len(batch.src):  # atoms alone
             continue
+        vectors, forces = batch.vectors(), batch.targets["forces"]
         ends = batch.z.index_select(0, batch.dst), batch.z.index_select(0, batch.src)
-        distance, forces = safe_norm(batch.vectors()).requires_grad_(), batch.targets["forces"]
+        distance = safe_norm(vectors).requires_grad_()
         constant = lindh_stiffness(*ends, distance)
         (slope,) = torch.autograd.grad(constant.sum(), distance)
         constant, distance = constant.detach(), distance.detach()
+        direction = vectors / distance.unsqueeze(-1)
         near, far = ((direction * forces.index_select(0, atoms)).sum(-1) for atoms in (batch.dst, batch.src))
         observed = constant * (2 * far / distance - near * far / kT) + slope * far
-        kind = batch.z.index_select(0, batch.dst) * (MAX_Z + 1) + batch.z.index_select(0, batch.src)
+        kind = ends[0] * (MAX_Z + 1) + ends[1]
         is_near = (constant >= 0.1 * constant.max()).double()
         right.index_add_(0, kind, observed * is_near)
         square.index_add_(0, kind, constant.square() * is_near)
@@ -338,7 +339,8 @@ def explained(
     Returns
     -------
     share : dict
-        One minus the sum of squared errors over the sum of squared changes, by sigma: 1 is all, 0 what "no change" gets, and it can be negative.
+        One minus the sum of squared errors over the sum of squared changes, by sigma: 1 is all, 0 what "no change" gets,
+        and it can be negative.
     """
     rng = np.random.default_rng(seed)
     free = np.ones((len(dataset.z), 1)) if dataset.fixed is None else ~dataset.fixed[:, None]

@@ -21,8 +21,9 @@ from ndem_zoo.graph import Batch
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
 
-#: An odd number: products with powers of it (modulo 2^64) tell sequences apart.
-_BASE = 6364136223846793005
+#: An odd number with mixed bits (Knuth's multiplier of a linear congruential generator): products with it, modulo 2^64,
+#: spread neighboring numbers over all bits.
+_MIXER = 6364136223846793005
 
 
 def sequence_keys(z: Int[Tensor, " N"], system: Int[Tensor, " N"], n_atoms: Int[Tensor, " S"]) -> Int[Tensor, " S"]:
@@ -30,8 +31,8 @@ def sequence_keys(z: Int[Tensor, " N"], system: Int[Tensor, " N"], n_atoms: Int[
     first = torch.cumsum(n_atoms, 0) - n_atoms
     place = torch.arange(len(z), device=z.device) - first.index_select(0, system)
     # A mixed bit pattern of (place, z); integer products wrap around.
-    mixed = (place * 128 + z + 1) * _BASE
-    mixed = (mixed ^ (mixed >> 29)) * _BASE
+    mixed = (place * 128 + z + 1) * _MIXER
+    mixed = (mixed ^ (mixed >> 29)) * _MIXER
     mixed = mixed ^ (mixed >> 32)
     return torch.zeros(len(n_atoms), dtype=torch.long, device=z.device).index_add(0, system, mixed)
 

@@ -90,25 +90,21 @@ class Group(NamedTuple):
         Features of the terms (S, T), from positions of their atoms and reference values.
     n_values, width, n_references
         Number of features, of atoms, and of reference values.
-    is_directed
-        Whether features depend on the order in which the atoms are named. Terms with equal surroundings both ways then
-        count in both, so that the order in the data does not matter.
     """
 
     values: Callable[[Positions, Tensor], list[Tensor]]
     n_values: int
     width: int
     n_references: int
-    is_directed: bool = False
 
 
 GROUPS: dict[str, Group] = {
     "bonds": Group(_bond, 4, 2, 1),
     "pairs": Group(_pair, len(RANGES), 2, 0),
-    "angles": Group(_angle, 6, 3, 3, is_directed=True),
+    "angles": Group(_angle, 6, 3, 3),
     "bends": Group(_bends, 1, 5, 2),
     "planes": Group(_plane, 2, 4, 0),
-    "torsions": Group(_torsion, 11, 4, 3, is_directed=True),
+    "torsions": Group(_torsion, 11, 4, 3),
 }
 
 
@@ -215,7 +211,7 @@ class _MoleculeTerms:
         return (row, kinds) if kinds <= kinds[::-1] else (row[::-1], kinds[::-1])
 
     def _both_ways(self, rows: list[Row]) -> list[tuple[Row, tuple]]:
-        """Ordered terms; in both orders where these are alike."""
+        """Ordered terms whose features depend on the order; in both where these are alike: the data's does not matter then."""
         ordered = [self._ordered(row) for row in rows]
         return ordered + [(row[::-1], kinds) for row, kinds in ordered if kinds == kinds[::-1]]
 

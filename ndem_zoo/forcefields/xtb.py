@@ -33,8 +33,8 @@ class GFN2xTB(ForceField):
 
     Notes
     -----
-    Pitfall: tblite and torch 2.4 do not live in one process (whichever is imported second breaks), so a child process
-    computes. It starts with the first structure and ends with this one.
+    Pitfall: tblite cannot be imported after torch 2.4 ("C extension unimportable"), so a child process without torch
+    computes. It starts with the first structure and ends with this process.
     """
 
     def __init__(self) -> None:
