@@ -49,14 +49,14 @@ def test_table_pairs_by_seed_and_plot_needs_two_sizes(tmp_path):
     def run(cell: str, seed: int, force: float, n_train: int = 100) -> dict:
         errors = {"forces_mae_kcal": force, "energy_mae_kcal": force / 3}
         return {
-            "cell": cell, "seed": seed, "n_train": n_train, "budget": "time", "base_steps": 10, "test": errors,
+            "cell": cell, "seed": seed, "n_train": n_train, "budget": "time", "base_steps": 10, "steps": 8, "test": errors,
             "train_forces_mae_kcal": 0.5,
         }  # fmt: skip
 
     runs = [run("supervised", 0, 1.0), run("supervised", 1, 2.0), run("ndem", 1, 1.5), run("ndem", 2, 9.0)]
-    lines = ablation.table("ethanol", runs, {"ndem": {"ratio": 1.3}}).splitlines()
+    lines = ablation.table("ethanol", runs).splitlines()
     (row,) = [line for line in lines if line.startswith("| `ndem`")]
-    assert "| 2 | 1.30 | 5.2500 ± 5.3033 | -25.0 % (-0.5000) |" in row
+    assert "| 2 | 1.25 | 5.2500 ± 5.3033 | -25.0 % (-0.5000) |" in row
     ablation.plot("ethanol", runs, tmp_path / "one.png")
     assert not (tmp_path / "one.png").exists()
     pytest.importorskip("matplotlib")
