@@ -19,13 +19,17 @@ from torch import Tensor, nn
 
 from ndem_zoo.errors import ConfigError, DataError
 from ndem_zoo.graph import Batch, displace, sum_by_index
-from ndem_zoo.internal_coordinates import lindh_stiffness
+from ndem_zoo.internal_coordinates import BOND_STIFFNESS, lindh_stiffness
 from ndem_zoo.physics import BOLTZMANN, MAX_Z, forces_from_energy, hessian_vector_product, safe_norm
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
     from ndem_zoo.forcefields.base import ForceField
     from ndem_zoo.models.potential import Potential
+
+
+#: What `ForceFieldDifference.slopes` may take at most.
+_MOST_BYTES = 4 * 2**30
 
 
 class Curvature(nn.Module, ABC):
@@ -192,8 +196,8 @@ def fitted_springs(dataset: MolecularDataset, temperature: float, cutoff: float 
     -----
     Eq. For a Boltzmann sample and any field g, <g . F> = -kT <div g>. With g = c(r) u (u . F_j) on atom i, u the direction
     from i to j, this is <c (u . F_i)(u . F_j)> = kT <c u H_ij u + (2 c / r + dc/dr) u . F_j>, and a spring has u H_ij u = -k.
-    With c Lindh's constant, factors are the least-squares ones over the bonds of two elements (pairs with a tenth of the
-    strongest spring or more), at least 0; 1 where there are none.
+    With c Lindh's constant, factors are the least-squares ones over the bonds of two elements (pairs with a tenth of Lindh's
+    constant of a bond or more), at least 0; 1 where there are none.
     """
     if not temperature > 0:
         raise ConfigError(f"temperature={temperature!r} K; it must be positive")
@@ -215,7 +219,7 @@ def fitted_springs(dataset: MolecularDataset, temperature: float, cutoff: float 
         near, far = ((direction * forces.index_select(0, atoms)).sum(-1) for atoms in (batch.dst, batch.src))
         observed = constant * (2 * far / distance - near * far / kT) + slope * far
         kind = ends[0] * (MAX_Z + 1) + ends[1]
-        is_near = (constant >= 0.1 * constant.max()).double()
+        is_near = (constant >= 0.1 * BOND_STIFFNESS).double()
         right.index_add_(0, kind, observed * is_near)
         square.index_add_(0, kind, constant.square() * is_near)
     both = [values.view(MAX_Z + 1, -1) + values.view(MAX_Z + 1, -1).T for values in (right, square)]
@@ -250,6 +254,66 @@ class ForceFieldDifference(Curvature):
         if self.less is not None:
             change = change - (self.less(moved).forces - self.less(batch).forces)
         return change.to(epsilon.dtype)
+
+    def slopes(self, dataset: MolecularDataset, step: float = 1e-3) -> Float[np.ndarray, "A 3 M"]:
+        """Derivatives dF_i/dx_j of all structures in eV/Å², float32, by central differences: for `first_order_change`.
+
+        Parameters
+        ----------
+        dataset
+            Structures (S), with A atoms in all and at most n in one.
+        step
+            Displacement in Å.
+
+        Returns
+        -------
+        slopes : (A, 3, 3 n)
+            Of each force, by the coordinates of the atoms of its structure, in their order; 0 where there are none.
+
+        Raises
+        ------
+        ConfigError
+            If they would take more than 4 GiB.
+        """
+        largest = int(dataset.counts.max(initial=0))
+        n_bytes = 36 * len(dataset.z) * largest
+        if n_bytes > _MOST_BYTES:
+            raise ConfigError(
+                f"derivatives of the forces of {len(dataset.z)} atoms, up to {largest} in a structure, take "
+                f"{n_bytes / 2**30:.1f} GiB; allowed are {_MOST_BYTES / 2**30:.0f}: leave first_order=False"
+            )
+        place = np.arange(len(dataset.z)) - np.repeat(dataset.ptr[:-1], dataset.counts)
+        found = np.empty((len(dataset.z), 3, 3 * largest), np.float32)
+        for column in range(3 * largest):
+            shift = np.zeros_like(dataset.pos)
+            shift[place == column // 3, column % 3] = step
+            after, before = (self._forces(dataset.replace_positions(dataset.pos + s)) for s in (shift, -shift))
+            found[:, :, column] = (after - before) / (2 * step)
+        return found
+
+    def _forces(self, dataset: MolecularDataset) -> Float[np.ndarray, "A 3"]:
+        forces = self.force_field.columns(dataset)["forces"]
+        return forces if self.less is None else forces - self.less.columns(dataset)["forces"]
+
+
+def first_order_change(
+    slopes: Float[Tensor, "N 3 M"], batch: Batch, epsilon: Float[Tensor, "N 3"]
+) -> Float[Tensor, "N 3"]:
+    """Change of the forces in eV/Å to first order in the displacements.
+
+    Parameters
+    ----------
+    slopes : (N, 3, 3 n)
+        See `ForceFieldDifference.slopes`.
+    batch
+        Structures.
+    epsilon : (N, 3)
+        Displacements in Å.
+    """
+    moves = epsilon.new_zeros(batch.n_systems, slopes.shape[2] // 3, 3)
+    moves[batch.system, batch.places] = epsilon
+    own = moves.flatten(1).index_select(0, batch.system).unsqueeze(-1)
+    return (slopes.to(epsilon.dtype) @ own).squeeze(-1)
 
 
 class NoChange(Curvature):

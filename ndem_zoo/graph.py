@@ -159,6 +159,17 @@ class Batch:
             0, self.system, torch.ones_like(self.system)
         )
 
+    @property
+    def starts(self) -> Int[Tensor, " S"]:
+        """Row of the first atom of each structure."""
+        n_atoms = self.n_atoms
+        return torch.cumsum(n_atoms, 0) - n_atoms
+
+    @property
+    def places(self) -> Int[Tensor, " N"]:
+        """Number of each atom within its structure."""
+        return torch.arange(len(self.z), device=self.z.device) - self.starts.index_select(0, self.system)
+
 
 # --------------------------------------------------------------------------------------------------------------- sums
 

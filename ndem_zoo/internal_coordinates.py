@@ -21,6 +21,9 @@ from ndem_zoo.physics import safe_norm
 #: R. Lindh, A. Bernhardsson, G. Karlström, P.-Å. Malmqvist, Chem. Phys. Lett. 241, 423 (1995): constants in Hartree (per
 #: bohr² for lengths), and by rows of the periodic table (1, 2, 3 and below) decay in 1/bohr² and distance in bohr.
 LINDH_BOND, LINDH_ANGLE, LINDH_TORSION = 0.45, 0.15, 0.005
+
+#: Lindh's constant of a bond of the length that he takes for its elements, in eV/Å².
+BOND_STIFFNESS = LINDH_BOND * units.Hartree / units.Bohr**2
 LINDH_DECAY = ((1.0, 0.3949, 0.3949), (0.3949, 0.28, 0.28), (0.3949, 0.28, 0.28))
 LINDH_DISTANCE = ((1.35, 2.10, 2.53), (2.10, 2.87, 3.40), (2.53, 3.40, 3.40))
 
@@ -83,7 +86,7 @@ def terms_of(batch: Batch) -> Terms:
             f"the batch has no extras {', '.join(missing)}: prepare the dataset with ndem_zoo.topology.add_terms, as estimators "
             "do, or choose an objective that needs no bonds"
         )
-    starts = (torch.cumsum(batch.n_atoms, 0) - batch.n_atoms).reshape(-1, 1, 1)
+    starts = batch.starts.reshape(-1, 1, 1)
     local = [batch.extras[name].long() for name in names]
     there = [atoms[..., 0] >= 0 for atoms in local]
     rows = [(atoms + starts) * mask.unsqueeze(-1) for atoms, mask in zip(local, there, strict=True)]
@@ -131,7 +134,7 @@ def lindh_constants(z: Int[Tensor, " N"], pos: Float[Tensor, "N 3"], terms: Term
         return _lindh_rho(z[a], z[b], (pos[a] - pos[b]).square().sum(-1))
 
     bonds, angles, torsions = (t.unbind(-1) for t in (terms.bonds, terms.angles, terms.torsions))
-    stretch = LINDH_BOND * units.Hartree / units.Bohr**2 * rho(*bonds)
+    stretch = BOND_STIFFNESS * rho(*bonds)
     bend = LINDH_ANGLE * units.Hartree * rho(*angles[:2]) * rho(*angles[1:])
     twist = LINDH_TORSION * units.Hartree * rho(*torsions[:2]) * rho(*torsions[1:3]) * rho(*torsions[2:])
     return Constants(stretch * terms.is_bond, bend * terms.is_angle, twist * terms.is_torsion)
@@ -141,7 +144,7 @@ def lindh_stiffness(
     first: Int[Tensor, " E"], second: Int[Tensor, " E"], distance: Float[Tensor, " E"]
 ) -> Float[Tensor, " E"]:
     """Spring constants of Lindh's model Hessian in eV/Å² of pairs of atomic numbers at distances in Å."""
-    return LINDH_BOND * units.Hartree / units.Bohr**2 * _lindh_rho(first, second, distance.square())
+    return BOND_STIFFNESS * _lindh_rho(first, second, distance.square())
 
 
 def _lindh_rho(first: Tensor, second: Tensor, square: Tensor) -> Tensor:

@@ -196,7 +196,7 @@ def internal_displacement(batch: Batch, rng: torch.Generator, sigmas: InternalSi
     extras = _internal_extras(batch)
     if not any(sigmas):
         return torch.zeros_like(batch.pos)
-    starts = torch.cumsum(batch.n_atoms, 0) - batch.n_atoms  # (S,)
+    starts = batch.starts
     n_rotors = (extras["rotors"][..., 0] >= 0).sum(dim=1)
     only_rotors = not (sigmas.bond or sigmas.bend or sigmas.torsion)
     number = min(extras["rotors"].shape[1], extras["hinges"].shape[1]) if only_rotors else extras["hinges"].shape[1]

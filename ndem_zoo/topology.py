@@ -149,7 +149,7 @@ def add_terms(
     found = perceive(dataset, charge=charge, templates=templates)
     terms = [find_terms(mol).columns() for mol in found.mols]
     columns = {name: pad_terms([t[name] for t in terms], width)[found.index] for name, width in TERM_WIDTHS.items()}
-    return with_extras(dataset, columns)
+    return dataset.with_extras(columns)
 
 
 def add_hinges(dataset: MolecularDataset) -> MolecularDataset:
@@ -173,8 +173,8 @@ def add_hinges(dataset: MolecularDataset) -> MolecularDataset:
     words = max((side.shape[1] for _, side in found), default=1)
     sides = [np.pad(side, ((0, 0), (0, words - side.shape[1]))) for _, side in found]
     columns = {"hinges": pad_terms([hinges for hinges, _ in found], 3)}
-    whole = with_extras(dataset, columns)
-    return with_extras(whole, {"sides": np.concatenate(sides or [np.zeros((0, words), np.int64)])}, per_atom=True)
+    sides_of_atoms = np.concatenate(sides or [np.zeros((0, words), np.int64)])
+    return dataset.with_extras(columns).with_extras({"sides": sides_of_atoms}, per_atom=True)
 
 
 def _hinges(z: np.ndarray, bonds: list[list[int]], rotors: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -204,23 +204,6 @@ def with_internal_coordinates(dataset: MolecularDataset) -> MolecularDataset:
     if not TERM_WIDTHS.keys() <= dataset.extras.keys():
         dataset = add_terms(dataset)
     return dataset if {"hinges", "sides"} <= dataset.extras.keys() else add_hinges(dataset)
-
-
-def with_extras(
-    dataset: MolecularDataset, columns: Mapping[str, np.ndarray], per_atom: bool = False
-) -> MolecularDataset:
-    """The dataset with further extras, all of them with one row per structure or all per atom."""
-    extras = {**dataset.extras, **columns}
-    names = (*dataset.targets, *extras)
-    return MolecularDataset(
-        **{**dataset.columns(), "extras": extras},
-        ids=dataset.ids,
-        card=dataset.card,
-        name=dataset.name,
-        featurizer=dataset.featurizer,
-        per_atom={name: per_atom if name in columns else name in dataset.per_atom for name in names},
-        checked=dataset.checked,
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------ connections

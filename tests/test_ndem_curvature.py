@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms, units
+from ase.build import molecule
 
 from ndem_zoo import NDeMTorchMDNet
 from ndem_zoo.curvature import (
@@ -15,6 +16,7 @@ from ndem_zoo.curvature import (
     Springs,
     explained,
     explained_between,
+    first_order_change,
     fitted_springs,
     isotropic,
     make_curvature,
@@ -22,9 +24,11 @@ from ndem_zoo.curvature import (
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import ConfigError, DataError
 from ndem_zoo.forcefields import make_force_field
+from ndem_zoo.forcefields.base import ForceField
 from ndem_zoo.noise import Noise
 from ndem_zoo.objectives.ndem import NDeM
 from ndem_zoo.objectives.ndem_curvature import NDeMCurvature
+from ndem_zoo.physics import forces_from_energy, hessian_vector_product
 from ndem_zoo.testing.common import batch_of, example_crystal, example_molecules, waves
 from ndem_zoo.testing.objectives import SPRING_SCALE, harmonic_case
 
@@ -88,6 +92,81 @@ def test_energy_by_the_trapezoid_rule(ethanol):
         errors.append((labels["energy"] - after.energy).abs())
         assert (errors[-1] < 0.1 * change).all()
     assert 6.0 < float((errors[0] / errors[1]).mean()) < 10.0
+
+
+# -------------------------------------------------------------------------------------------- derivatives computed once
+
+
+def mixed(ethanol: MolecularDataset) -> tuple[MolecularDataset, ForceField]:
+    """Molecules of two sizes, and MMFF94 for them."""
+    methane = MolecularDataset.from_atoms([molecule("CH4")])
+    dataset = MolecularDataset.concatenate([ethanol.select([0, 700]).replace_targets({}), methane])
+    return dataset, make_force_field("mmff94").fit(dataset)
+
+
+def test_first_order_change_is_minus_the_hessian(ethanol):
+    """Against MMFF94's Hessian by automatic differentiation, for structures of different sizes in one batch."""
+    dataset, truth = mixed(ethanol)
+    batch = dataset.to_batch(5.0, torch.float64)
+    epsilon = torch.as_tensor(np.random.default_rng(0).standard_normal(batch.pos.shape))
+    slopes = ForceFieldDifference(truth).slopes(dataset)
+    assert slopes.shape == (23, 3, 27)
+    assert not slopes[18:, :, 15:].any()  # methane has five atoms
+    pos = batch.pos.clone().requires_grad_()
+    forces = forces_from_energy(truth.energy(batch.replace(pos=pos)), pos, create_graph=True)
+    expected = -hessian_vector_product(forces, pos, epsilon)
+    found = first_order_change(torch.from_numpy(slopes), batch, epsilon)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_first_order_change_takes_the_prior_off(ethanol):
+    dataset, truth = mixed(ethanol)
+    assert np.abs(ForceFieldDifference(truth, truth).slopes(dataset)).max() < 1e-6
+
+
+def test_first_order_labels_approach_the_exact_ones(ethanol):
+    """Through `fit`'s own path: the difference of the two labels falls with the square of sigma."""
+    dataset = ethanol.select([0, 500, 1000])
+    errors = []
+    for sigma in (0.01, 0.005):
+        options = {"curvature": "mmff94", "sigma": sigma, "ratio": 1.0}
+        exact, linear = (NDeMCurvature(options={**options, "first_order": which}) for which in (False, True))
+        for objective in (exact, linear):
+            objective.build(harmonic_case(NDeMCurvature, STIFFNESS)[1], dataset)
+        assert exact.complete(dataset) is dataset
+        batch = linear.complete(dataset).to_batch(5.0, torch.float64)
+        potential = harmonic_case(NDeMCurvature, STIFFNESS)[1]
+        moved, noise = exact.displace(potential, batch, torch.Generator().manual_seed(0))
+        changes = [o.change(batch, noise.epsilon, moved) for o in (exact, linear)]
+        errors.append(float((changes[0] - changes[1]).norm()))
+        assert errors[-1] < 0.1 * float(changes[0].norm())
+    assert 3.5 < errors[0] / errors[1] < 4.5
+
+
+def test_first_order_needs_a_force_field_and_memory(ethanol, monkeypatch):
+    with pytest.raises(ConfigError, match=r"first_order=True is for force fields; curvature='springs' is none"):
+        NDeMCurvature(options={"curvature": "springs", "first_order": True})
+    dataset, truth = mixed(ethanol)
+    monkeypatch.setattr("ndem_zoo.curvature._MOST_BYTES", 7451)  # 36 * 23 * 9 = 7452
+    with pytest.raises(ConfigError, match="of 23 atoms, up to 9 in a structure"):
+        ForceFieldDifference(truth).slopes(dataset)
+    batch = dataset.to_batch(5.0, torch.float64)
+    objective = NDeMCurvature(options={"curvature": "mmff94", "first_order": True})
+    with pytest.raises(ConfigError, match="`complete`"):
+        objective.change(batch, torch.zeros_like(batch.pos), batch)
+
+
+def test_a_model_trains_with_first_order_changes(ethanol):
+    """`fit` computes the derivatives, also for data that come later, and asks the force field in no step."""
+    model = NDeMTorchMDNet(
+        objective="ndem_curvature", objective_options={"curvature": "mmff94", "first_order": True}, max_steps=2,
+        backbone_options={"hidden_channels": 16, "num_layers": 1, "num_heads": 2}, progress=False,
+    )  # fmt: skip
+    model.fit(ethanol.select(slice(0, 8)))
+    model.objective_.curvature.force_change = None
+    model.partial_fit(ethanol.select(slice(20, 25)), max_steps=2)
+    assert [row["step"] for row in model.history_] == [1, 2, 1, 2]
+    assert all(row["train_noisy_forces"] > 0 for row in model.history_)
 
 
 # ------------------------------------------------------------------------------------------------- the paper's special case

@@ -124,6 +124,14 @@ CELLS: dict[str, Cell] = {
     "curvature_valence_once": Cell(
         "displaced labels by valence, half of the structures, one pass", _moved("valence", 0.5, probability=0.5)
     ),
+    "curvature_mmff94_first": Cell(
+        "displaced labels by MMFF94's Hessian, half of the structures, one pass",
+        _moved("mmff94", 0.5, probability=0.5, first_order=True),
+    ),
+    "curvature_valence_first": Cell(
+        "displaced labels by the valence force field's Hessian, half of the structures, one pass",
+        _moved("valence", 0.5, probability=0.5, first_order=True),
+    ),
     "delta_valence_once": Cell(
         "difference to valence, half of the structures displaced, one pass",
         _moved("none", 0.5, probability=0.5) | {"prior": "valence"},

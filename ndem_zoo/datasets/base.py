@@ -424,6 +424,20 @@ class MolecularDataset:
             per_atom={name: name in self.per_atom for name in self.extras},
         )
 
+    def with_extras(self, columns: Mapping[str, np.ndarray], per_atom: bool = False) -> MolecularDataset:
+        """The same with further extras, all of them with one row per structure (S, ...), or all per atom (A, ...)."""
+        extras = {**self.extras, **columns}
+        names = (*self.targets, *extras)
+        return MolecularDataset(
+            **{**self.columns(), "extras": extras},
+            ids=self.ids,
+            card=self.card,
+            name=self.name,
+            featurizer=self.featurizer,
+            per_atom={name: per_atom if name in columns else name in self.per_atom for name in names},
+            checked=self.checked,
+        )
+
     def replace_targets(self, targets: Mapping[str, np.ndarray]) -> MolecularDataset:
         """The same structures with other labels in the place of all targets.
 

@@ -98,8 +98,7 @@ class LinearForceField(ForceField):
         """
         if not len(self.coefficients):
             return batch.pos.new_zeros(0, len(batch.z), 3)
-        n_atoms = batch.n_atoms
-        place = torch.arange(len(batch.z)) - (torch.cumsum(n_atoms, 0) - n_atoms).index_select(0, batch.system)
+        n_atoms, place = batch.n_atoms, batch.places
         if 3 * int(n_atoms.max()) < len(self.coefficients):
             moves = torch.eye(3 * int(n_atoms.max()), dtype=torch.float64).view(-1, int(n_atoms.max()), 3)[:, place]
 

@@ -113,7 +113,6 @@ def present(rows: Sequence[np.ndarray]) -> Bool[Tensor, "M T"]:
 
 def positions_of(batch: Batch, atoms: Int[Tensor, "S T w"]) -> list[Float[Tensor, "S T 3"]]:
     """Positions of the atoms of terms, given by their numbers within the structures."""
-    n_atoms = batch.n_atoms
-    first = (torch.cumsum(n_atoms, 0) - n_atoms).view(-1, 1, 1)
-    found = batch.pos.index_select(0, (atoms + first).flatten()).view(*atoms.shape, 3)
+    rows = atoms + batch.starts.view(-1, 1, 1)
+    found = batch.pos.index_select(0, rows.flatten()).view(*atoms.shape, 3)
     return list(found.unbind(2))

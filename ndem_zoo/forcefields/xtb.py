@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from typing import Self
 
 import numpy as np
@@ -26,6 +27,8 @@ from ndem_zoo.optional import require
 
 #: Atomic number of the heaviest element that the method has constants for.
 _HEAVIEST = 86
+
+_ASKING = threading.Lock()  # threads must not mix their questions in one pipe
 
 
 class GFN2xTB(ForceField):
@@ -84,11 +87,17 @@ class GFN2xTB(ForceField):
 
     def _calculate(self, number: int, z: np.ndarray, pos: np.ndarray, cell: np.ndarray) -> tuple[float, np.ndarray]:
         """Energy in Hartree and its gradient in Hartree/bohr."""
-        worker = self._start()
-        write_arrays(worker.stdin, {"z": z, "pos": pos / units.Bohr, "cell": cell / units.Bohr})
-        found = read_arrays(worker.stdout)
+        question = {"z": z, "pos": pos / units.Bohr, "cell": cell / units.Bohr}
+        with _ASKING:
+            worker = self._start()
+            try:
+                write_arrays(worker.stdin, question)
+                found = read_arrays(worker.stdout)
+            except BrokenPipeError:
+                found = None
+            if found is None:
+                self.__dict__["_worker"] = None
         if found is None:
-            self.__dict__["_worker"] = None
             raise ConfigError("the process that runs GFN2-xTB ended; is tblite installed (extra 'xtb')?")
         if "error" in found:
             message = bytes(found["error"]).decode(errors="replace")

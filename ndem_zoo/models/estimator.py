@@ -422,7 +422,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         given = {name: limit for name, limit in limits.items() if limit is not None}
         machine = provenance.machine(torch_device(self.device))
         self.provenance_ = {"init_from": self.provenance_.get("init_from"), "fit": given, "machine": machine}
-        identity = {name: self.resolved_[name] for name in ("backbone", "forces", "scale")}
+        identity = {name: self.resolved_[name] for name in ("backbone", "forces", "scale", "prior")}
         prior = self.potential_.prior
         if prior is not None:
             prior.to(torch_device(self.device))  # the objective may ask it, though the potential does not
@@ -431,6 +431,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             with self.potential_.with_prior(prior):  # a callback may predict, or save the model
                 callback(row)
 
+        train_set = self.objective_.complete(train_set)
         with self.potential_.without_prior():  # the labels are less the prior's
             history = train(
                 self.potential_,

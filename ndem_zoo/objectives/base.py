@@ -273,6 +273,13 @@ class Objective(nn.Module, ABC):
         """
         return dataset
 
+    def complete(self, dataset: MolecularDataset) -> MolecularDataset:
+        """The training data with what the objective, now built, computes of each structure once; here: as they are.
+
+        Estimators call it before every training.
+        """
+        return dataset
+
     def build(self, potential: Potential, dataset: Any = None) -> None:
         """Make what belongs to the objective alone: once, before the first step.
 

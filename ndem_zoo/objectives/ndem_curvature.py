@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ndem_zoo.curvature import NAMED, Curvature, ForceFieldDifference, make_curvature
+from ndem_zoo.curvature import NAMED, Curvature, ForceFieldDifference, first_order_change, make_curvature
+from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch, sum_over_atoms
 from ndem_zoo.models.potential import Potential, Prediction
@@ -38,6 +39,9 @@ _LAST_SIGMA = 0.1
 
 #: Choice: bins of log(sigma) for learned confidence, from 1 mÅ to 1 Å, and how slowly their averages change.
 _BINS, _SLOWNESS = 12, 0.99
+
+#: Extra of the training data, (A, 3, 3 n): see `ForceFieldDifference.slopes`.
+_SLOPES = "force_slopes"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,10 @@ class NDeMCurvatureOptions(NoiseOptions):
         MD17's molecules.
     sigma_schedule
         ``"decay"``: sigma falls linearly to a tenth over the training.
+    first_order
+        Whether the force field's derivatives at the training structures, computed once before the training, stand for the
+        differences that it makes: a step then costs no force field (also no GFN2-xTB), and the change is right to first
+        order in sigma. Takes 36 bytes times the atoms of all structures times those of the largest.
     constant
         For ``curvature="isotropic"``: c in eV/Å².
     temperature
@@ -83,6 +91,7 @@ class NDeMCurvatureOptions(NoiseOptions):
     tolerance: float = 0.05
     length: float = 0.04
     sigma_schedule: SigmaSchedule = "constant"
+    first_order: bool = False
     constant: float | None = None
     temperature: float = 500.0
 
@@ -98,6 +107,8 @@ class NDeMCurvatureOptions(NoiseOptions):
             raise ConfigError(
                 f"constant={self.constant!r} with curvature={self.curvature!r}: give the constant (eV/Å²) for 'isotropic' only"
             )
+        if self.first_order and self.curvature in NAMED:
+            raise ConfigError(f"first_order=True is for force fields; curvature={self.curvature!r} is none")
         if self.constant is not None:
             check_not_negative("constant", self.constant)
         if self.probability < 1 and self.head != "main":
@@ -148,13 +159,19 @@ class NDeMCurvature(Objective):
         self.register_buffer("clean_square", torch.ones((), dtype=torch.float64))
         self.register_buffer("noisy_square", torch.ones(_BINS, dtype=torch.float64))
 
+    def complete(self, dataset: MolecularDataset) -> MolecularDataset:
+        """The training data with the derivatives of the force field's forces, if they are wanted."""
+        if not self.options.first_order:
+            return dataset
+        return dataset.with_extras({_SLOPES: self.curvature.slopes(dataset)}, per_atom=True)
+
     def forward(self, potential: Potential, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """Terms ``energy`` and ``forces``; in a second pass ``noisy_energy``, ``noisy_forces``, ``ndem``, ``springs``."""
         weight = self.current_weight()
         if weight == 0:
             return self.supervised.terms(potential(batch), batch, potential.scale)
         moved, noise = self.displace(potential, batch, rng)
-        change = self.curvature.force_change(batch, noise.epsilon, moved)
+        change = self.change(batch, noise.epsilon, moved)
         labels = self.labels(batch, noise, change.detach())
         if self.options.probability < 1:
             return self._one_pass(potential, moved.replace(targets=labels), noise, weight)
@@ -177,6 +194,14 @@ class NDeMCurvature(Objective):
         options = self.options
         fraction = 1.0 if options.sigma_schedule == "constant" else 1.0 - (1.0 - _LAST_SIGMA) * self.progress
         return options.displace(batch, rng, potential.backbone.cutoff, probability=options.probability, shrink=fraction)
+
+    def change(self, batch: Batch, epsilon: Float[Tensor, "N 3"], moved: Batch) -> Float[Tensor, "N 3"]:
+        """Change of the forces in eV/Å."""
+        if not self.options.first_order:
+            return self.curvature.force_change(batch, epsilon, moved)
+        if _SLOPES not in batch.extras:
+            raise ConfigError("first_order=True needs data that went through the objective's `complete`")
+        return first_order_change(batch.extras[_SLOPES], batch, epsilon)
 
     def labels(self, batch: Batch, noise: Noise, change: Float[Tensor, "N 3"]) -> dict[str, Tensor]:
         """Labels of the displaced structures: forces, and energies by the trapezoid rule."""
@@ -238,13 +263,11 @@ class NDeMCurvature(Objective):
             self.noisy_square = torch.where(counts > 0, seen, self.noisy_square)
             self.clean_square = torch.lerp(expected.sum() / free.sum().clamp(min=1), self.clean_square, _SLOWNESS)
             trust = (self.clean_square / self.noisy_square.clamp(min=1e-12)).clamp(max=1.0)
-            first = torch.cumsum(clean[1].n_atoms, 0) - clean[1].n_atoms
-            return trust[bins[first]]
+            return trust[bins[clean[1].starts]]
 
     def _closed_form(self, potential: Potential, noise: Noise, batch: Batch) -> Float[Tensor, " S"]:
         """Weight from the error that a force field's difference has at a sigma; 1 without confidence."""
-        first = torch.cumsum(batch.n_atoms, 0) - batch.n_atoms
-        sigma = noise.sigma[first, 0].double()
+        sigma = noise.sigma[batch.starts, 0].double()
         if self.options.confidence != "closed_form":
             return torch.ones_like(sigma)
         variance = 2 * self.force_error**2 * -torch.expm1(-(sigma**2) / (2 * self.options.length**2))
