@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -519,6 +520,24 @@ def test_gfn2_xtb_says_why_it_failed():
     close = MolecularDataset.from_atoms([Atoms("H2", [[0, 0, 0], [0, 0, 0.0]])])
     with pytest.raises(DataError, match="structure 0 of the batch: GFN2-xTB failed"):
         field.columns(close)
+
+
+def test_gfn2_xtb_serves_threads_and_outlives_its_process():
+    """Threads get the answers to their own questions; a process that is gone is an error once, and then there is a new one."""
+    pytest.importorskip("tblite", reason="needs tblite (extra xtb)")
+    field = make_force_field("gfn2-xtb")
+    molecules = [MolecularDataset.from_atoms([Atoms("H2", [[0, 0, 0], [0, 0, r]])]) for r in np.linspace(0.6, 1.2, 6)]
+    alone = [field.columns(dataset)["energy"][0] for dataset in molecules]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda dataset: field.columns(dataset)["energy"][0], 3 * molecules))
+    np.testing.assert_allclose(together, 3 * alone, rtol=1e-12)
+    worker = field._start()
+    worker.kill()
+    worker.wait()
+    worker.poll = lambda: None  # as if it had gone just after it was looked at
+    with pytest.raises(ConfigError, match="the process that runs GFN2-xTB ended"):
+        field.columns(molecules[0])
+    assert field.columns(molecules[0])["energy"][0] == pytest.approx(alone[0], rel=1e-12)
 
 
 def test_gfn2_xtb_refuses_slabs():
