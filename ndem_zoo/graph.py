@@ -44,6 +44,10 @@ _IMAGE_WEIGHTS = (0.5257311121191336, 0.6180339887498949, 0.5844443852190474)
 #: than this, in Å² (fairchem's value).
 DEGENERATE = 0.01
 
+#: Choice: structures farther than this from the origin, in Å, are moved there before positions are rounded to float32,
+#: which resolves 4e-6 Å at this distance.
+FAR = 64.0
+
 #: Where neighbors are searched for with cell lists (vesin); elsewhere all images of all pairs are compared, on the device.
 LISTS_ON = ("cpu",)
 
@@ -222,11 +226,19 @@ def neighbor_list(
         Neighbor and center, sorted by center.
     shift : (E, 3) float64
         Cartesian image shift of the neighbor in Å.
+
+    Raises
+    ------
+    DataError
+        If a position is not finite. All else is checked where structures come in (`datasets.checks`).
     """
     from ase.geometry import complete_cell
     from vesin import NeighborList
 
     pbc = np.zeros(3, dtype=bool) if pbc is None else np.asarray(pbc, dtype=bool)
+    if not np.isfinite(pos).all():
+        atom = int(np.flatnonzero(~np.isfinite(pos).all(axis=1))[0])
+        raise DataError(f"position of atom {atom} is {pos[atom]}; neighbors are searched for among finite numbers")
     # Directions that are not periodic may have no cell vector; the search wants a box of full rank all the same.
     box = np.zeros((3, 3)) if cell is None or not pbc.any() else complete_cell(np.where(pbc[:, None], cell, 0.0))
     calculator = NeighborList(cutoff=float(cutoff), full_list=True, sorted=True)
@@ -236,6 +248,57 @@ def neighbor_list(
     )
     shift = image.astype(np.float64) @ box if pbc.any() else np.zeros((len(center), 3))
     return neighbor.astype(np.int64), center.astype(np.int64), shift
+
+
+def into_cell(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
+    """Images of atoms at `pos` (n, 3), in Å, that are inside of the `cell` (3, 3) in its periodic directions `pbc` (3,)."""
+    from ase.geometry import complete_cell
+
+    pbc = np.asarray(pbc, dtype=bool)
+    box = complete_cell(np.where(pbc[:, None], cell, 0.0))
+    return pos - (np.floor(pos @ np.linalg.inv(box)) * pbc) @ box
+
+
+def near_origin(
+    pos: np.ndarray,
+    counts: np.ndarray,
+    dtype: torch.dtype,
+    cell: np.ndarray | None = None,
+    pbc: np.ndarray | None = None,
+) -> np.ndarray:
+    """Positions that can be rounded to `dtype`: structures that are far from the origin are moved there.
+
+    Neither energies nor forces depend on where a structure is, but float32 numbers are the coarser the larger they are. Most
+    structures are near the origin and stay as they are; of the others, atoms of crystals go into the cell, too.
+
+    Parameters
+    ----------
+    pos : (N, 3)
+        Positions in Å, float64.
+    counts : (S,)
+        Atoms of each structure.
+    dtype
+        What they are rounded to; nothing is moved for float64.
+    cell, pbc : (S, 3, 3) and (S, 3), optional
+        Cells as rows in Å, and which of the rows are periodic.
+
+    Returns
+    -------
+    pos : (N, 3)
+        In Å; `pos` itself if all are near.
+    """
+    if dtype == torch.float64 or not len(pos) or not max(pos.max(), -pos.min()) > FAR:
+        return pos
+    moved = np.array(pos, dtype=np.float64)
+    stops = np.cumsum(counts)
+    for i, (start, stop) in enumerate(zip(stops - counts, stops, strict=True)):
+        own = moved[start:stop]
+        if not len(own) or np.abs(own).max() <= FAR:
+            continue
+        if cell is not None and pbc is not None and np.any(pbc[i]):
+            own = into_cell(own, cell[i], pbc[i])
+        moved[start:stop] = own - own.mean(axis=0) if np.abs(own).max() > FAR else own
+    return moved
 
 
 def image_numbers(shift: Float[Tensor, "E 3"], cell: Float[Tensor, "... 3 3"]) -> Float[Tensor, " E"]:
@@ -568,9 +631,10 @@ def make_batch(
     targets, extras
         Columns with one row per atom or per structure; kept in their own dtype.
     dtype
-        Of the geometry.
+        Of the geometry; see `near_origin`.
     """
     counts = np.asarray(counts, dtype=np.int64)
+    pos = near_origin(np.asarray(pos), counts, dtype, cell, pbc)
     if search or not _needs_search(counts, pbc):
         src, dst, shift, radius = edges_of(pos, counts, cutoff, cell, pbc, nearest)
     else:
@@ -728,6 +792,9 @@ def from_dgl(graphs: DGLGraph | Sequence[DGLGraph], cutoff: float, dtype: torch.
     cell = torch.zeros(len(counts), 3, 3, dtype=dtype)
     if "cell" in graph.ndata:
         cell = (graph.ndata["cell"] * graph.ndata["pbc"][:, :, None]).index_select(0, first).to(dtype)
+    pos = graph.ndata["R"]
+    if pos.device.type == "cpu" and pos.dtype != dtype:
+        pos = torch.from_numpy(near_origin(pos.numpy(), counts.numpy(), dtype))
     targets = {"forces": graph.ndata["F"]} if "F" in graph.ndata else {}
     if "energy" in graph.ndata:
         targets["energy"] = graph.ndata["energy"].index_select(0, first)

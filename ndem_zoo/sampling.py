@@ -248,7 +248,9 @@ class Collator:
         known = self._known.get(len(indices))
         if known is not None:
             structures = torch.from_numpy(indices)
-            pos = self._rows(self._pos, True, structures, structures).to(self.dtype)
+            pos = self._rows(self._pos, True, structures, structures)
+            counts = np.full(len(indices), self._size)
+            pos = torch.from_numpy(graph.near_origin(pos.numpy(), counts, self.dtype)).to(self.dtype)
             return known.replace(pos=self._move(pos), **self._gather(structures, structures))
         atoms, counts = atom_indices(self.dataset.ptr, indices)
         batch = self._assemble(indices, atoms, counts)

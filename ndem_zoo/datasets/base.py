@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ndem_zoo.errors import ConfigError, DataError, DataWarning
-from ndem_zoo.featurizers.base import Featurizer, Structure, read_atoms
+from ndem_zoo.featurizers.base import Featurizer, Structure, as_numbers, read_atoms
 from ndem_zoo.graph import PER_ATOM, from_dgl, import_dgl, is_dgl_graph, make_batch
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class MolecularDataset:
         per_atom: Mapping[str, bool] | None = None,
         checked: bool = False,
     ) -> None:
-        z, ptr = np.asanyarray(z), np.asarray(ptr, dtype=np.int64)
+        z, ptr = as_numbers("z", z), np.asarray(as_numbers("ptr", ptr), dtype=np.int64)
         _check_rows(z, ptr)
         n_atoms, n = len(z), len(ptr) - 1
         self.ptr = _frozen(ptr)
@@ -761,10 +761,10 @@ def _frozen(array: np.ndarray) -> np.ndarray:
 
 def _column(name: str, values: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """`values` as a read-only array of this shape; not copied when the dtype fits."""
-    try:
+    if dtype in (np.float64, bool):
+        array = as_numbers(name, values, dtype)
+    else:  # names, and extras of any kind
         array = np.asanyarray(values) if dtype is None else np.asanyarray(values, dtype=dtype)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name} cannot be an array of {np.dtype(dtype).name}: {error}") from error
     if array.shape != shape:
         raise DataError(f"{name} has shape {array.shape}; needed is {shape}")
     return _frozen(array)
