@@ -772,13 +772,15 @@ def from_dgl(graphs: DGLGraph | Sequence[DGLGraph], cutoff: float, dtype: torch.
     Raises
     ------
     DataError
-        If a graph lacks ``Z`` or ``R``, or has self-loops, which backbones add themselves.
+        If a graph lacks ``Z`` or ``R``, their shapes or dtypes are others, or it has self-loops, which backbones add
+        themselves.
     """
     dgl = import_dgl()
     graph = graphs if isinstance(graphs, dgl.DGLGraph) else dgl.batch(list(graphs))
     for name in ("Z", "R"):
         if name not in graph.ndata:
             raise DataError(f"the graph has no ndata['{name}']; it has {sorted(graph.ndata)}")
+    check_node_data(graph)
     src, dst = graph.edges()
     shift = graph.edata.get("shift", torch.zeros(len(src), 3, device=src.device)).to(dtype)
     is_loop = src == dst
@@ -811,3 +813,34 @@ def from_dgl(graphs: DGLGraph | Sequence[DGLGraph], cutoff: float, dtype: torch.
         fixed=graph.ndata.get("fixed", torch.zeros(graph.num_nodes(), dtype=torch.bool, device=src.device)),
         targets=targets,
     )
+
+
+def check_node_data(graph: DGLGraph) -> None:
+    """Raise DataError for node data whose shapes are not those of `to_dgl`, or whose dtypes are of another kind."""
+    reals, integers = (
+        (torch.float16, torch.float32, torch.float64),
+        (torch.int64, torch.int32, torch.int16, torch.uint8),
+    )
+    known = {
+        "Z": ((), (*integers, torch.int8)),
+        "R": ((3,), (*reals, *integers)),
+        "F": ((3,), reals),
+        "energy": ((), reals),
+        "fixed": ((), (torch.bool,)),
+        "cell": ((3, 3), reals),
+        "pbc": ((3,), (torch.bool,)),
+    }
+    n = graph.num_nodes()
+    for name, (shape, dtypes) in known.items():
+        values = graph.ndata.get(name)
+        if values is not None and (values.shape[1:] != shape or values.dtype not in dtypes):
+            raise DataError(
+                f"ndata['{name}'] has shape {tuple(values.shape)} and dtype {values.dtype}; needed are {(n, *shape)} and "
+                f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
+            )
+    empty = (graph.batch_num_nodes() == 0).nonzero().flatten().tolist()
+    if empty:
+        where = "it" if graph.batch_size == 1 else f"structure {empty[0]} of the batch"
+        raise DataError(f"{where} has no atoms; allowed is one or more")
+    if ("cell" in graph.ndata) != ("pbc" in graph.ndata):
+        raise DataError("the graph has only one of ndata['cell'] and ndata['pbc']; a periodic structure needs both")

@@ -37,7 +37,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ndem_zoo import Ensemble, MolecularDataset, NDeMCalculator, NDeMTorchMDNet, RadiusGraph, errors, open_store
 from ndem_zoo.checkpoint import save_json
 from ndem_zoo.datasets.checks import check_structures
-from ndem_zoo.graph import Batch, import_dgl, make_batch
+from ndem_zoo.graph import Batch, import_dgl
 from ndem_zoo.testing.structures import RawStructure, bad_structures, structures
 
 #: Limits that the documentation states: Å between atoms and between faces of a cell; extent and coordinates in Å; Z.
@@ -285,7 +285,9 @@ def same_predictions(world: World, model: Any, raws: Sequence[RawStructure], fou
         same(found["forces"][k], true_forces, tolerance, f"forces of structure {k}")
 
 
-def same_edges(found: np.ndarray, raw: RawStructure, cutoff: float, center: np.ndarray, tolerance: float = 1e-7) -> None:
+def same_edges(
+    found: np.ndarray, raw: RawStructure, cutoff: float, center: np.ndarray, tolerance: float = 1e-7
+) -> None:
     """Raise `Wrong` unless vectors (E, 3) to the neighbors of each center are those of the search by hand."""
     batch = reference_batch(raw, cutoff)
     expected = batch.vectors().numpy()
@@ -332,6 +334,8 @@ class Entry:
         Whether it takes several structures.
     may_refuse
         Whether sound structures may be refused too, such as those that are no molecules where bonds are needed.
+    may_accept
+        Whether it is for spoilt structures, too, of which it says what is wrong.
     needs
         Module without which the entry does not exist.
     elements
@@ -344,6 +348,7 @@ class Entry:
     share: float = 10.0
     many: bool = True
     may_refuse: bool = False
+    may_accept: bool = False
     needs: str | None = None
     elements: tuple[int, ...] = ELEMENTS
     options: dict[str, Any] = field(default_factory=dict)
@@ -410,7 +415,9 @@ def compare_nearest(world: World, raws: Sequence[RawStructure], graph: Any) -> N
     batch = reference_batch(raws[0], 5.0)
     expected = np.linalg.norm(batch.vectors().numpy(), axis=1)
     for atom in range(len(pos)):
-        same(np.sort(length[dst == atom]), np.sort(expected[batch.dst.numpy() == atom])[:4], 2e-4, f"neighbors of {atom}")
+        same(
+            np.sort(length[dst == atom]), np.sort(expected[batch.dst.numpy() == atom])[:4], 2e-4, f"neighbors of {atom}"
+        )
 
 
 @entry("RadiusGraph(max_neighbors=4)", form="arrays", many=False, share=40, compare=compare_nearest)
@@ -446,11 +453,33 @@ def dataset_items(world: World, raws: Any) -> Any:
     return [dataset[0]]
 
 
+@entry("MolecularDataset.summary", share=15, may_accept=True)
+def summary(world: World, atoms: Any) -> Any:
+    return str(MolecularDataset.from_atoms(labeled_copies(atoms)).summary())
+
+
+@entry("as_dataset, no structures", form="arrays", share=15, may_refuse=True, many=False)
+def no_structures(world: World, raws: Any) -> Any:
+    choice = len(raws[0].kind) % 5
+    parts = [raw.arrays() for raw in raws]
+    return world.model().predict([parts, raws[0].pos, raws[0], {"z": raws[0].z}, [raws[0].pos]][choice])
+
+
+@entry("MolecularDataset.select", form="arrays", share=15, may_refuse=True, may_accept=True, many=False)
+def selection(world: World, raws: Any) -> Any:
+    return world.once("frames", lambda: MolecularDataset.from_atoms(training_set())).select(raws[0].z)
+
+
+@entry("MolecularDataset.iterbatches", share=15, compare=compare_graphs)
+def iterbatches(world: World, atoms: Any) -> Any:
+    dataset = MolecularDataset.from_atoms(atoms).with_featurizer(RadiusGraph(3.0))
+    return [graph for X, *_ in dataset.iterbatches(2, deterministic=True) for graph in X]
+
+
 @entry("MolecularDataset.from_atoms", elements=ANY_ELEMENT, share=40, compare=lambda w, raws, d: compare_rows(raws, d))
 def from_atoms(world: World, atoms: Any) -> Any:
     dataset = MolecularDataset.from_atoms(atoms)
     check_structures(dataset)
-    dataset.summary()
     return MolecularDataset.concatenate([dataset.select([k]) for k in range(len(dataset))])
 
 
@@ -477,12 +506,18 @@ def predict_dataset(world: World, raws: Any) -> Any:
 DOUBLE = {"precision": "64-true"}
 
 
-@entry("NDeMModel.predict, float64", share=30, compare=lambda w, raws, p: same_predictions(w, w.model(**DOUBLE), raws, p, True))
+@entry(
+    "NDeMModel.predict, float64",
+    share=30,
+    compare=lambda w, raws, p: same_predictions(w, w.model(**DOUBLE), raws, p, True),
+)
 def predict_double(world: World, atoms: Any) -> Any:
     return world.model(**DOUBLE).predict(atoms)
 
 
-@entry("NDeMModel.predict, eager", share=30, compare=lambda w, raws, p: same_predictions(w, w.model(plan="eager"), raws, p))
+@entry(
+    "NDeMModel.predict, eager", share=30, compare=lambda w, raws, p: same_predictions(w, w.model(plan="eager"), raws, p)
+)
 def predict_eager(world: World, atoms: Any) -> Any:
     return world.model(plan="eager").predict(atoms)
 
@@ -490,7 +525,9 @@ def predict_eager(world: World, atoms: Any) -> Any:
 def graph_of(raw: RawStructure) -> Any:
     """A DGLGraph made by hand; whatever torch or DGL refuse is no case."""
     dgl = import_dgl()
-    z, pos = torch.as_tensor(np.asarray(raw.z)), torch.as_tensor(np.asarray(raw.pos))
+    numbers = np.asarray(raw.z)
+    numbers = numbers.astype(np.int64) if numbers.dtype == np.uint64 else numbers  # of which torch knows little
+    z, pos = torch.as_tensor(numbers), torch.tensor(np.asarray(raw.pos))
     graph = dgl.graph((torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)), num_nodes=len(z))
     graph.ndata["Z"], graph.ndata["R"] = z, pos
     if raw.cell is not None:
@@ -535,14 +572,14 @@ def compare_fitted(world: World, raws: Sequence[RawStructure], model: Any) -> No
             raise Wrong("a weight is not finite")
 
 
-for objective in ("supervised", "ndem", "noisy_nodes", "dens", "geossl", "ndem_curvature"):
+for objective in ("supervised", "ndem", "noisy_nodes", "dens", "geossl"):
 
     @entry(f"NDeMModel.fit, {objective}", share=6, compare=compare_fitted, options={"objective": objective})
     def fit(world: World, atoms: Any, objective: str = objective) -> Any:
         return world.new_model(objective=objective).fit(labeled_copies(atoms), max_steps=1)
 
 
-for objective in ("frad", "slide"):
+for objective in ("frad", "slide", "ndem_curvature"):
 
     @entry(f"NDeMModel.fit, {objective}", share=3, compare=compare_fitted, may_refuse=True, needs="rdkit")
     def fit_bonded(world: World, atoms: Any, objective: str = objective) -> Any:
@@ -644,7 +681,9 @@ def equiformer(world: World) -> Any:
     return world.once("equiformer", lambda: model.fit(training_set(), max_steps=1))
 
 
-@entry("NDeMPaiNN.predict", share=12, needs="schnetpack", compare=lambda w, raws, p: same_predictions(w, painn(w), raws, p))
+@entry(
+    "NDeMPaiNN.predict", share=12, needs="schnetpack", compare=lambda w, raws, p: same_predictions(w, painn(w), raws, p)
+)
 def predict_painn(world: World, atoms: Any) -> Any:
     return painn(world).predict(atoms)
 
@@ -665,7 +704,7 @@ def text_of(raws: Sequence[RawStructure]) -> str:
     lines = []
     for raw in raws:
         z, pos = np.asarray(raw.z), np.asarray(raw.pos)
-        head = f'Properties=species:S:1:pos:R:3 {lattice_of(raw)}'
+        head = f"Properties=species:S:1:pos:R:3 {lattice_of(raw)}"
         lines += [str(len(z)), head]
         symbols = [SYMBOLS.get(int(number), f"Q{number}") for number in z]
         rows = zip(symbols, pos, strict=True)
@@ -739,7 +778,9 @@ def saved_model(world: World) -> str:
 def command_predict(world: World, text: Any) -> Any:
     path = world.path("case.xyz")
     path.write_text(text)
-    command(world, "predict", "--model", saved_model(world), "--data", str(path), "--out", str(path.with_name("out.xyz")))
+    command(
+        world, "predict", "--model", saved_model(world), "--data", str(path), "--out", str(path.with_name("out.xyz"))
+    )
     return path.with_name("out.xyz")
 
 
@@ -750,7 +791,9 @@ def command_md(world: World, text: Any) -> Any:
     command(world, "md", "--model", saved_model(world), "--start", str(path), "--steps", "1", "--temperature", "10")
 
 
-@entry("ndem-zoo convert", form="text", share=10, needs="typer", compare=lambda w, raws, d: compare_rows(raws, d, 1e-12))
+@entry(
+    "ndem-zoo convert", form="text", share=10, needs="typer", compare=lambda w, raws, d: compare_rows(raws, d, 1e-12)
+)
 def command_convert(world: World, text: Any) -> Any:
     path = world.path("case.xyz")
     path.write_text(text)
@@ -788,6 +831,47 @@ def store(world: World, atoms: Any) -> Any:
     return open_store(folder)
 
 
+@entry("read_oc20", form="text of crystals", share=20, compare=lambda w, raws, d: compare_rows(raws, d, 1e-12))
+def oc20(world: World, text: Any) -> Any:
+    from ndem_zoo.datasets import read_oc20
+
+    path = world.path("0.extxyz")
+    path.write_text(text.replace("Properties", "energy=-1.5 Properties"))
+    return read_oc20(path, energy="total", stored="total")
+
+
+def sdf_of(raws: Sequence[RawStructure]) -> str | None:
+    """Entries of an SD file; None where a number does not fit into its columns."""
+    text = ""
+    for raw in raws:
+        rows = [[f"{float(x):10.4f}" for x in row] for row in np.asarray(raw.pos)]
+        symbols = [SYMBOLS.get(int(number), "Q") for number in raw.z]
+        if raw.cell is not None or any(len(word) > 10 for row in rows for word in row) or len(rows) != len(symbols):
+            return None
+        lines = [f"{''.join(row)} {symbol:<3} 0  0" for row, symbol in zip(rows, symbols, strict=True)]
+        text += "\n".join(
+            ["name", "", "", f"{len(rows):3d}  0  0  0  0  0  0  0  0  0999 V2000", *lines, "M  END", "$$$$\n"]
+        )
+    return text
+
+
+@entry("read_pcqm4mv2", form="sdf", share=20, compare=lambda w, raws, d: compare_rows(raws, d, 6e-5))
+def pcqm4mv2(world: World, text: Any) -> Any:
+    from ndem_zoo.datasets import read_pcqm4mv2
+
+    path = world.path("case.sdf")
+    path.write_text(text)
+    dataset = MolecularDataset.concatenate(list(read_pcqm4mv2(path)))
+    check_structures(dataset)
+    return dataset
+
+
+@entry("ndem-zoo bench", form="text", share=1, many=False, needs="typer")
+def command_bench(world: World, text: Any) -> Any:
+    path = labeled_file(world, text)
+    command(world, "bench", str(path), "--model", saved_model(world), "--steps", "1", "--rounds", "1", "--device", "cpu")
+
+
 def npz(world: World, **arrays: Any) -> Path:
     path = world.path("case.npz")
     np.savez(path, **arrays)
@@ -820,7 +904,9 @@ def qm9(world: World, raws: Any) -> Any:
     return dataset
 
 
-@entry("write_ase_db, read_ase_db", share=6, needs="schnetpack", compare=lambda w, raws, d: compare_rows(raws, d, 1e-12))
+@entry(
+    "write_ase_db, read_ase_db", share=6, needs="schnetpack", compare=lambda w, raws, d: compare_rows(raws, d, 1e-12)
+)
 def ase_db(world: World, atoms: Any) -> Any:
     from ndem_zoo.schnetpack import read_ase_db, write_ase_db
 
@@ -831,7 +917,13 @@ def ase_db(world: World, atoms: Any) -> Any:
     return dataset
 
 
-@entry("to_schnetpack, from_schnetpack", share=10, needs="schnetpack", many=False, compare=lambda w, raws, b: compare_batch(w, raws, b))
+@entry(
+    "to_schnetpack, from_schnetpack",
+    share=10,
+    needs="schnetpack",
+    many=False,
+    compare=lambda w, raws, b: compare_batch(w, raws, b),
+)
 def schnetpack_batch(world: World, atoms: Any) -> Any:
     from ndem_zoo.schnetpack import from_schnetpack, to_schnetpack
 
@@ -845,6 +937,15 @@ def deepchem_featurizer(world: World, atoms: Any) -> Any:
     from ndem_zoo.deepchem import RadiusGraphFeaturizer
 
     return RadiusGraphFeaturizer(3.0).featurize(atoms)
+
+
+@entry("deepchem.to_disk", share=4, needs="deepchem")
+def deepchem_disk(world: World, atoms: Any) -> Any:
+    from ndem_zoo.deepchem import to_disk
+
+    disk = to_disk(MolecularDataset.from_atoms(labeled_copies(atoms)), world.path("disk"))
+    if len(disk) != len(atoms):
+        raise Wrong(f"{len(disk)} structures on disk of {len(atoms)}")
 
 
 @entry("deepchem.from_deepchem", share=8, needs="deepchem", compare=lambda w, raws, d: compare_rows(raws, d))
@@ -863,6 +964,10 @@ def deepchem_model(world: World, atoms: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------------- chemistry
+
+#: The one entry that takes no structures: see `run_smiles`.
+TEXTS = "ConformerGraph, text"
+ENTRIES[TEXTS] = Entry(lambda world, texts: None, share=20, needs="rdkit")
 
 
 @entry("topology.perceive, add_terms", share=15, needs="rdkit", may_refuse=True)
@@ -942,15 +1047,29 @@ def patience(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def can_be_written(raw: RawStructure) -> bool:
+    """Whether a text file says the same as the arrays."""
+    whole = np.asarray(raw.z).dtype.kind in "iu" and not np.ma.is_masked(raw.pos)
+    whole = whole and np.asarray(raw.pos).dtype.kind in "iuf"
+    return whole and np.ndim(raw.pos) == 2 and np.shape(raw.pos)[1] <= 3
+
+
 def prepared(entry: Entry, raws: Sequence[RawStructure]) -> tuple[Any, Sequence[RawStructure]] | None:
     """The structures in the entry's form, and what that holds; None where the form itself cannot be made of them."""
     try:
         if entry.form == "atoms":
             return atoms_of(raws)
         if entry.form == "graphs":
+            if any(np.ma.is_masked(raw.pos) for raw in raws):
+                return None  # torch has no masks
             return [graph_of(raw) for raw in raws], raws
-        if entry.form == "text":
-            return text_of(raws), raws
+        if entry.form in ("text", "text of crystals", "sdf"):
+            if entry.form == "text of crystals" and any(raw.cell is None for raw in raws):
+                return None
+            if not all(can_be_written(raw) for raw in raws):
+                return None
+            text = sdf_of(raws) if entry.form == "sdf" else text_of(raws)
+            return None if text is None else (text, raws)
         if entry.form == "npz":
             raw = raws[0]
             if raw.cell is not None or any(np.asarray(v).dtype.kind in "OUM" for v in (raw.z, raw.pos)):
@@ -965,7 +1084,9 @@ def prepared(entry: Entry, raws: Sequence[RawStructure]) -> tuple[Any, Sequence[
 
 def snapshot(value: Any) -> Any:
     """A copy that can be compared."""
-    return [(copy.deepcopy(raw.z), copy.deepcopy(raw.pos), copy.deepcopy(raw.cell), copy.deepcopy(raw.pbc)) for raw in value]
+    return [
+        (copy.deepcopy(raw.z), copy.deepcopy(raw.pos), copy.deepcopy(raw.cell), copy.deepcopy(raw.pbc)) for raw in value
+    ]
 
 
 def is_same_input(before: Any, raws: Sequence[RawStructure]) -> bool:
@@ -1015,7 +1136,7 @@ def judge(entry: Entry, name: str, world: World, raws: Sequence[RawStructure], t
         place = traceback.extract_tb(error.__traceback__)[-1]
         loss(f"{type(error).__name__}: {error} (at {Path(place.filename).name}:{place.lineno})")
     else:
-        if wrong:
+        if wrong and not entry.may_accept:
             loss("no error")
         else:
             tally.valid += 1
@@ -1033,6 +1154,8 @@ def run_entry(name: str, world: World, cases: int, seed: int) -> Tally:
     import hypothesis
     from hypothesis import strategies as st
 
+    if name == TEXTS:
+        return run_smiles(cases, seed)
     entry, tally = ENTRIES[name], Tally()
     good, bad = structures(entry.elements), bad_structures(entry.elements)
     if entry.may_refuse and entry.needs == "rdkit":
@@ -1048,6 +1171,68 @@ def run_entry(name: str, world: World, cases: int, seed: int) -> Tally:
     @hypothesis.given(st.one_of(lists, mixed.map(shuffled)))
     def case(raws: list[RawStructure]) -> None:
         judge(entry, name, world, raws, tally)
+
+    case()
+    return tally
+
+
+#: Pieces that SMILES are made of, and some that they are not.
+SMILES = (
+    "C",
+    "c1ccccc1",
+    "O",
+    "N",
+    "(",
+    ")",
+    "=O",
+    "[H]",
+    "[Na+]",
+    "[C@H]",
+    "#",
+    "1",
+    "%",
+    "*",
+    "Cl",
+    ".",
+    "[",
+    "x",
+    "é",
+    "\0",
+    "S",
+)
+
+
+def run_smiles(cases: int, seed: int) -> Tally:
+    """Texts as molecules: each is an error that names the text's number, or a graph of a sound structure."""
+    import hypothesis
+    from hypothesis import strategies as st
+
+    from ndem_zoo import ConformerGraph
+
+    tally = Tally()
+    featurizer = ConformerGraph(3.0, max_iterations=50)
+    pieces = st.lists(st.sampled_from(SMILES), max_size=6).map("".join)
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(max_examples=cases, database=None, deadline=None, phases=[hypothesis.Phase.generate])
+    @hypothesis.given(st.one_of(pieces, st.text(max_size=8), st.none(), st.floats(), st.binary(max_size=4)))
+    def case(text: Any) -> None:
+        try:
+            with patience(PATIENCE), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                (graph,) = featurizer.featurize([text])
+                raw = RawStructure(graph.ndata["Z"].numpy(), graph.ndata["R"].numpy())
+                if flaw_of(raw) is not None:
+                    raise Wrong(f"the structure has a flaw: {flaw_of(raw)}")
+                compare_graphs(None, [raw], [graph])
+            tally.valid += 1
+        except errors.DataError as error:
+            if "molecule 0" in str(error):
+                tally.clear_errors += 1
+            else:
+                tally.losses.append(f"ConformerGraph, text [{text!r}]: the error names no molecule: {error}")
+        except Exception as error:
+            tally.losses.append(f"ConformerGraph, text [{text!r}]: {type(error).__name__}: {error}")
 
     case()
     return tally
@@ -1103,7 +1288,9 @@ def run_cases(folder: Path, total: int, seed: int, only: Sequence[str] = ()) -> 
             name: {"cases": t.cases, "valid": t.valid, "clear_errors": t.clear_errors, "losses": len(t.losses)}
             for name, t in tallies.items()
         },
-        "left_out": {name: f"{ENTRIES[name].needs} is not installed" for name in ENTRIES if not available(ENTRIES[name])},
+        "left_out": {
+            name: f"{ENTRIES[name].needs} is not installed" for name in ENTRIES if not available(ENTRIES[name])
+        },
         "examples_of_losses": losses[:50],
         "slowest": dict(collections.Counter(seconds).most_common(8)),
         "seed": seed,

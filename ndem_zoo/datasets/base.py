@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ndem_zoo.errors import ConfigError, DataError, DataWarning
+from ndem_zoo.errors import ConfigError, DataError, DataIndexError, DataTypeError, DataWarning
 from ndem_zoo.featurizers.base import Featurizer, Structure, as_numbers, read_atoms
-from ndem_zoo.graph import PER_ATOM, from_dgl, import_dgl, is_dgl_graph, make_batch
+from ndem_zoo.graph import PER_ATOM, check_node_data, from_dgl, import_dgl, is_dgl_graph, make_batch
 
 if TYPE_CHECKING:
     import torch
@@ -196,7 +196,13 @@ class MolecularDataset:
         if not graphs:
             raise DataError("there are no graphs; needed is one or more")
         _check_equal_fields(graphs)
-        if all(set(graph.ndata) == set(graphs[0].ndata) for graph in graphs):
+        for index, graph in enumerate(graphs):
+            try:
+                check_node_data(graph)
+            except DataError as error:
+                raise DataError(f"structure {index}: {error}") from error
+        fields = [{name: values.dtype for name, values in graph.ndata.items()} for graph in graphs]
+        if all(own == fields[0] for own in fields):
             return cls._from_batch(dgl.batch(graphs), **options)
         whole = cls.concatenate([cls._from_batch(graph) for graph in graphs])
         return cls(**whole.columns(), **{"ids": None, **options})
@@ -340,8 +346,8 @@ class MolecularDataset:
 
         Raises
         ------
-        IndexError
-            If a number is out of range, or a mask has another length.
+        DataIndexError
+            If a number is out of range, or a mask has another length; an `IndexError` as well.
         """
         index = _integers(indices, len(self))
         if len(index) and (np.diff(index) == 1).all():
@@ -471,6 +477,8 @@ class MolecularDataset:
 
     def structure(self, index: int) -> Structure:
         """Structure `index` as arrays."""
+        if not -len(self) <= index < len(self):
+            raise DataIndexError(f"index {index} is out of range for {len(self)} structures")
         i = range(len(self))[index]
         rows = slice(self.ptr[i], self.ptr[i + 1])
         energy, forces = self.targets.get("energy"), self.targets.get("forces")
@@ -649,8 +657,8 @@ def as_dataset(data: Any) -> MolecularDataset:
 
     Raises
     ------
-    TypeError
-        If it is none of these.
+    DataTypeError
+        If it is none of these; a `TypeError` as well.
     DataError
         If one of the structures is unusable; names its index.
     """
@@ -666,7 +674,7 @@ def as_dataset(data: Any) -> MolecularDataset:
         return _from_deepchem(data)
     if not isinstance(data, (list, tuple, np.ndarray)):
         hint = "; read files with load_extxyz" if isinstance(data, (str, bytes)) or hasattr(data, "__fspath__") else ""
-        raise TypeError(f"got {type(data).__name__}; allowed are {_ALLOWED}{hint}")
+        raise DataTypeError(f"got {type(data).__name__}; allowed are {_ALLOWED}{hint}")
     if len(data) == 0:
         raise DataError("there are no structures; needed is one or more")
     if all(isinstance(item, Atoms) for item in data):
@@ -684,7 +692,7 @@ def _check_all_graphs(items: Any) -> None:
                 "use ndem_zoo.featurizers.RadiusGraph, which says what is wrong"
             )
         if not is_dgl_graph(item):
-            raise TypeError(f"item {index} is {type(item).__name__}; allowed are {_ALLOWED}")
+            raise DataTypeError(f"item {index} is {type(item).__name__}; allowed are {_ALLOWED}")
 
 
 def _from_deepchem(data: Any) -> MolecularDataset:
@@ -821,16 +829,16 @@ def _integers(indices: Any, n: int) -> np.ndarray:
     index = np.asarray(indices)
     if index.dtype == bool:
         if index.shape != (n,):
-            raise IndexError(f"the mask has shape {index.shape}; needed is ({n},)")
+            raise DataIndexError(f"the mask has shape {index.shape}; needed is ({n},)")
         return np.flatnonzero(index)
     if index.size == 0:
         return np.zeros(0, dtype=np.int64)
     if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
-        raise IndexError(
+        raise DataIndexError(
             f"got indices of shape {index.shape} and dtype {index.dtype}; allowed are integers or a mask, (n,)"
         )
     if index.min() < -n or index.max() >= n:
-        raise IndexError(f"index {index[(index < -n) | (index >= n)][0]} is out of range for {n} structures")
+        raise DataIndexError(f"index {index[(index < -n) | (index >= n)][0]} is out of range for {n} structures")
     return np.where(index < 0, index + n, index).astype(np.int64)
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from ndem_zoo.datasets.base import MolecularDataset, split_indices
 from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, find_file, read_npz
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError
-from ndem_zoo.physics import KCAL_PER_MOL
+from ndem_zoo.featurizers.base import as_numbers
+from ndem_zoo.physics import KCAL_PER_MOL, MAX_Z
 
 #: Molecules of MD17: stem of the official file name, and number of frames in the official file.
 #: Frame counts: sizes of published test sets, consistent with each other; used for a warning about subsets only.
@@ -308,18 +309,22 @@ def read_md17(path: str | os.PathLike, revised: bool = False, name: str = "") ->
     raw = read_npz(path, keys.values(), optional=("old_indices", "md5"))
     z, pos, energy, forces = (raw[keys[column]] for column in ("z", "pos", "energy", "forces"))
     n, size = check_shapes(path, keys, z, pos, energy, forces)
+    pos, energy, forces = (
+        as_numbers(f"{path}: {keys[column]}", values, np.float64)
+        for column, values in (("pos", pos), ("energy", energy), ("forces", forces))
+    )
     for key, values in ((keys["pos"], pos), (keys["energy"], energy), (keys["forces"], forces)):
         check_finite(path, key, values)
     _check_frames(path, name, n, revised)
     _check_own_md5(path, raw, keys)
     return MolecularDataset(
         z=np.tile(z.astype(np.uint8), n),
-        pos=pos.astype(np.float64, copy=False).reshape(n * size, 3),
+        pos=pos.reshape(n * size, 3),
         ptr=np.arange(n + 1) * size,
         # The only conversion of units: everything behind this line is in eV and Å.
         targets={
-            "energy": energy.reshape(n).astype(np.float64) * KCAL_PER_MOL,
-            "forces": forces.reshape(n * size, 3).astype(np.float64) * KCAL_PER_MOL,
+            "energy": energy.reshape(n) * KCAL_PER_MOL,
+            "forces": forces.reshape(n * size, 3) * KCAL_PER_MOL,
         },
         ids=raw["old_indices"] if "old_indices" in raw and raw["old_indices"].shape == (n,) else None,
         card=RMD17 if revised else MD17,
@@ -336,6 +341,11 @@ def check_shapes(path: Any, keys: dict[str, str], z: Any, pos: Any, energy: Any,
         raise DataError(
             f"{path}: {keys['z']} has shape {z.shape} and dtype {z.dtype}; needed are integers of shape (n,)"
         )
+    if len(z) == 0:
+        raise DataError(f"{path}: {keys['z']} is empty; needed is one or more atoms")
+    bad = np.flatnonzero((z < 1) | (z > MAX_Z))
+    if len(bad):
+        raise DataError(f"{path}: atom {bad[0]} has atomic number {z[bad[0]]}; allowed are 1 to {MAX_Z}")
     if pos.ndim != 3 or pos.shape[1:] != (len(z), 3):
         raise DataError(f"{path}: {keys['pos']} has shape {pos.shape}; {len(z)} atoms need (frames, {len(z)}, 3)")
     if forces.shape != pos.shape:

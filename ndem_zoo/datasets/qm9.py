@@ -27,6 +27,7 @@ from ndem_zoo.datasets.cache import open_cached
 from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, file_digest, find_file, read_npz
 from ndem_zoo.datasets.sdf import iter_sdf
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError
+from ndem_zoo.featurizers.base import as_numbers
 
 #: What can be learned, in the order of the official files, with the unit there.
 QM9_TARGETS: dict[str, str] = {
@@ -523,6 +524,10 @@ def _number(title: str, source: Path) -> int:
 def _read_flat(source: Path) -> _Raw:
     """The flat layout: atoms of all molecules one after the other."""
     raw = read_npz(source, ("id", "N", "Z", "R", *COLUMNS), ("smiles",))
+    for name in ("id", "N", "Z"):
+        if raw[name].dtype.kind not in "iu" or raw[name].ndim != 1:
+            shape, dtype = raw[name].shape, raw[name].dtype
+            raise DataError(f"{source}: {name} has shape {shape} and dtype {dtype}; needed are integers of shape (n,)")
     n, n_atoms = len(raw["id"]), len(raw["Z"])
     shapes = {"N": (n,), "Z": (n_atoms,), "R": (n_atoms, 3), **dict.fromkeys(COLUMNS, (n,))}
     for name, shape in shapes.items():
@@ -533,15 +538,15 @@ def _read_flat(source: Path) -> _Raw:
     counts = raw["N"].astype(np.int64)
     if counts.sum() != n_atoms or (counts < 1).any():
         raise DataError(f"{source}: N adds up to {counts.sum()} atoms, but Z has {n_atoms}; all must be positive")
-    columns = {name: raw[name].astype(np.float64) for name in COLUMNS}
-    z = raw["Z"].astype(np.uint8)
-    unknown = np.flatnonzero(~np.isin(z, [atomic_numbers[symbol] for symbol in _ATOMS["U0"]]))
+    columns = {name: as_numbers(f"{source}: {name}", raw[name], np.float64) for name in COLUMNS}
+    unknown = np.flatnonzero(~np.isin(raw["Z"], [atomic_numbers[symbol] for symbol in _ATOMS["U0"]]))
     if len(unknown):
         raise DataError(
             f"{source}: atom {unknown[0]} has atomic number {raw['Z'][unknown[0]]}; allowed are 1, 6, 7, 8, 9"
         )
     smiles = raw.get("smiles")
-    return _Raw(raw["id"].astype(np.int64), counts, z, raw["R"].astype(np.float64), columns, smiles)
+    pos = as_numbers(f"{source}: R", raw["R"], np.float64)
+    return _Raw(raw["id"].astype(np.int64), counts, raw["Z"].astype(np.uint8), pos, columns, smiles)
 
 
 def _check_raw(source: Path, raw: _Raw) -> None:

@@ -154,7 +154,9 @@ def as_structure(value: Any) -> Structure:
     if cell is not None:
         cell = as_numbers("cell", cell, np.float64)
         pbc = np.ones(3, dtype=bool) if pbc is None else as_numbers("pbc", pbc, bool)
-    return check_structure(Structure(as_numbers("atomic numbers", z), as_numbers("positions", pos, np.float64), cell, pbc))
+    return check_structure(
+        Structure(as_numbers("atomic numbers", z), as_numbers("positions", pos, np.float64), cell, pbc)
+    )
 
 
 def as_numbers(name: str, values: Any, dtype: Any = None) -> np.ndarray:
@@ -181,13 +183,17 @@ def as_numbers(name: str, values: Any, dtype: Any = None) -> np.ndarray:
         raise DataError(f"{name} cannot be an array: {' '.join(str(error).split())}") from error
     if isinstance(array, np.ma.MaskedArray):
         if np.ma.is_masked(array):
-            raise DataError(f"{name} has {np.ma.count_masked(array)} masked entries; allowed are numbers for all of them")
+            raise DataError(
+                f"{name} has {np.ma.count_masked(array)} masked entries; allowed are numbers for all of them"
+            )
         array = array.data
     if array.size == 0 and array.dtype.kind in "fiub":
         return array.astype(np.int64 if dtype is None and array.dtype.kind == "f" else dtype or array.dtype)
     allowed = {np.dtype(np.float64): "fiu", np.dtype(bool): "biuf"}.get(np.dtype(dtype) if dtype else None, "fiub")
     if array.dtype.kind not in allowed:
-        raise DataError(f"{name} have dtype {array.dtype}; allowed are {'booleans' if dtype is bool else 'real numbers'}")
+        raise DataError(
+            f"{name} have dtype {array.dtype}; allowed are {'booleans' if dtype is bool else 'real numbers'}"
+        )
     if dtype is bool and array.dtype.kind != "b" and not np.isin(array, (0, 1)).all():
         raise DataError(f"{name} has the values {array.tolist()}; allowed are True and False")
     return array if dtype is None else np.asanyarray(array, dtype=dtype)

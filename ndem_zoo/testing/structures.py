@@ -181,8 +181,8 @@ def _masked(raw: RawStructure) -> RawStructure:
 
 
 _Flaw = Any  # from a structure and a generator to a structure
-_Z = lambda raw: np.array(raw.z, dtype=np.int64)  # noqa: E731
-_R = lambda raw: np.array(raw.pos, dtype=np.float64)  # noqa: E731
+_Z = lambda raw: np.array(raw.z, dtype=np.int64)
+_R = lambda raw: np.array(raw.pos, dtype=np.float64)
 
 #: Ways to spoil a structure.
 FLAWS: dict[str, Callable[[RawStructure, np.random.Generator], RawStructure]] = {
