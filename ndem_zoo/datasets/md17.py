@@ -86,7 +86,7 @@ RMD17_ADVICE = (
 
 _FIGSHARE = "https://ndownloader.figshare.com/files/{}"
 _MATERIALS_CLOUD = "https://archive.materialscloud.org/records/pfffs-fff86/files/rmd17.tar.bz2?download=1"
-_SGDML = ("https://sgdml.org/secure_proxy.php?file=data/npz/{}", "http://www.quantum-machine.org/gdml/data/npz/{}")
+_SGDML = "https://sgdml.org/secure_proxy.php?file=data/npz/{}"
 
 #: Folders below the data folder in which the files may lie, as the official archives unpack.
 _SUBFOLDERS = {
@@ -108,9 +108,9 @@ class TooManyFramesWarning(DataWarning):
 
 
 def _md17_file(stem: str) -> RemoteFile:
-    """An MD17 file; older releases were called NAME_dft.npz."""
+    """An MD17 file, which is not downloaded, since no checksum is known; older releases were called NAME_dft.npz."""
     old = stem.removeprefix("md17_") + "_dft.npz"
-    return RemoteFile(urls=tuple(url.format(f"{stem}.npz") for url in _SGDML), aliases=(old,))
+    return RemoteFile(urls=(_SGDML.format(f"{stem}.npz"),), aliases=(old,))
 
 
 def _rmd17_file(molecule: str) -> RemoteFile:
@@ -130,7 +130,7 @@ def _split_file(name: str) -> RemoteFile:
     return RemoteFile(urls=(_FIGSHARE.format(number),), md5=md5, archive="rmd17.tar.bz2", member=member)
 
 
-#: MD17. Urls: SchNetPack 2.1.1 and torch_geometric (quantum-machine.org), kgcnn (sgdml.org). No official checksum found.
+#: MD17. Url: kgcnn (sgdml.org). No official checksum found: people get the files themselves.
 MD17 = DatasetCard(
     name="MD17",
     description="Ab initio molecular dynamics at 500 K of eight small molecules; the authors' energies and forces.",
@@ -198,7 +198,8 @@ def load_md17(
     seed
         Of the split ``numpy.random.default_rng(seed).permutation``.
     data_dir
-        Folder with the file, or one above it as the official archives unpack; downloads go there too. Default: the
+        Folder with the file, or one above it as the official archives unpack; downloads (rMD17 only: for MD17 no checksums
+        are known) go there too. Default: the
         environment variable NDEM_ZOO_DATA, else the user's cache folder. A file there is used as it is, with a warning
         when it is not the official one.
     download

@@ -8,10 +8,8 @@ the constants of the atoms are those of the data's figshare collection (978904),
 
 from __future__ import annotations
 
-import bz2
 import difflib
 import os
-import tarfile
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +22,18 @@ from ase.data import atomic_numbers
 
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.datasets.cache import open_cached
-from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, file_digest, find_file, read_npz
+from ndem_zoo.datasets.files import (
+    MAX_SMALL_FILE,
+    DatasetCard,
+    Decompressed,
+    RemoteFile,
+    archived_files,
+    data_folder,
+    fetch,
+    file_digest,
+    find_file,
+    read_npz,
+)
 from ndem_zoo.datasets.sdf import iter_sdf
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError
 from ndem_zoo.featurizers.base import as_numbers
@@ -441,17 +450,10 @@ def _collect(molecules: Iterable[_Molecule], source: Path, with_smiles: bool) ->
 
 def _iter_archive(source: Path) -> Iterator[_Molecule]:
     """Molecules of the official archive, which is streamed and never unpacked."""
-    try:
-        # Choice: bz2's reader, which notices wherever an archive is cut off; tarfile alone ends quietly between members.
-        with bz2.open(source) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.isfile() else None
-                if file is not None:
-                    yield _read_xyz(file.read().decode("ascii", errors="replace"), f"{source}: {member.name}")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise FileFormatError(f"{source} is damaged, truncated or no tar.bz2 file ({error})") from error
+    # bz2's own reader notices wherever an archive is cut off; tarfile alone ends quietly between members.
+    with Decompressed(source) as stream:
+        for name, file in archived_files(stream, source, MAX_SMALL_FILE):
+            yield _read_xyz(file.read().decode("ascii", errors="replace"), f"{source}: {name}")
 
 
 def _read_xyz(text: str, where: str) -> _Molecule:

@@ -191,9 +191,9 @@ def as_numbers(name: str, values: Any, dtype: Any = None) -> np.ndarray:
         return array.astype(np.int64 if dtype is None and array.dtype.kind == "f" else dtype or array.dtype)
     allowed = {np.dtype(np.float64): "fiu", np.dtype(bool): "biuf"}.get(np.dtype(dtype) if dtype else None, "fiub")
     if array.dtype.kind not in allowed:
-        raise DataError(
-            f"{name} have dtype {array.dtype}; allowed are {'booleans' if dtype is bool else 'real numbers'}"
-        )
+        wanted = f" of {np.dtype(dtype).name}" if dtype else ""
+        what = "booleans" if dtype is bool else "real numbers"
+        raise DataError(f"{name} cannot be an array{wanted}: the dtype is {array.dtype}; allowed are {what}")
     if dtype is bool and array.dtype.kind != "b" and not np.isin(array, (0, 1)).all():
         raise DataError(f"{name} has the values {array.tolist()}; allowed are True and False")
     return array if dtype is None else np.asanyarray(array, dtype=dtype)
