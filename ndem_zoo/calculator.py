@@ -20,7 +20,7 @@ from ase.calculators.calculator import Calculator, all_changes
 
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import ConfigError, DataError
-from ndem_zoo.featurizers.base import Structure, check_structure
+from ndem_zoo.featurizers.base import Structure, check_structure, geometry_of
 from ndem_zoo.featurizers.radius import check_distances
 from ndem_zoo.graph import Batch, make_batch, near_origin
 from ndem_zoo.models.estimator import NDeMModel, check_known_elements, torch_device
@@ -169,15 +169,7 @@ class NDeMCalculator(Calculator):
 
     def _checked(self, atoms: Atoms) -> Structure:
         """The structure as arrays, if it is one that the model can compute."""
-        periodic = bool(atoms.pbc.any())
-        structure = check_structure(
-            Structure(
-                z=atoms.numbers.astype(np.int64),
-                pos=np.array(atoms.positions, dtype=np.float64),
-                cell=np.array(atoms.cell.array) if periodic else None,
-                pbc=np.array(atoms.pbc) if periodic else None,
-            )
-        )
+        structure = check_structure(geometry_of(atoms))
         check_known_elements(structure.z, np.array([0, len(structure.z)]), self._known, self._unknown)
         return structure
 

@@ -844,3 +844,8 @@ def check_node_data(graph: DGLGraph) -> None:
         raise DataError(f"{where} has no atoms; allowed is one or more")
     if ("cell" in graph.ndata) != ("pbc" in graph.ndata):
         raise DataError("the graph has only one of ndata['cell'] and ndata['pbc']; a periodic structure needs both")
+    if "cell" in graph.ndata:
+        is_flat = (graph.ndata["pbc"] & (graph.ndata["cell"] == 0).all(-1)).any(-1).nonzero().flatten()
+        if len(is_flat):
+            pbc = graph.ndata["pbc"][is_flat[0]].tolist()
+            raise DataError(f"atom {int(is_flat[0])} has pbc={pbc} and a cell vector of zeros along a periodic direction")

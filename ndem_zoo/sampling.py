@@ -263,7 +263,7 @@ class Collator:
     def _column(self, column: np.ndarray, is_per_atom: bool) -> Tensor:
         """A column as a tensor that shares its memory, with a row for each structure where their sizes are equal."""
         if min(column.strides, default=0) < 0:  # torch has no strides that go backwards
-            column = np.ascontiguousarray(column)
+            column = np.array(column, order="C")  # not ascontiguousarray: it returns a single row as it is
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writ")  # nobody writes into it
             tensor = torch.from_numpy(np.asarray(column))

@@ -1149,7 +1149,7 @@ def judge(entry: Entry, name: str, world: World, raws: Sequence[RawStructure], t
 
 def names_structure(text: str, index: int, n: int) -> bool:
     """Whether an error says which structure is meant, where there are several."""
-    return n == 1 or any(f"{word} {index}" in text for word in ("structure", "atom", "item", "molecule"))
+    return n == 1 or any(f"{word} {index}" in text for word in ("structure", "atom", "item", "molecule", "entry"))
 
 
 def run_entry(name: str, world: World, cases: int, seed: int) -> Tally:

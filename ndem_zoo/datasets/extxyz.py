@@ -147,7 +147,7 @@ def write_extxyz(
     Raises
     ------
     DataError
-        If predictions do not fit the structures.
+        If a structure cannot be used, or predictions do not fit the structures.
 
     Notes
     -----
@@ -155,6 +155,7 @@ def write_extxyz(
     ``energy_key="REF_energy", forces_key="REF_forces"``.
     """
     dataset = as_dataset(data)
+    check_structures(dataset)
     frames = [_frame(dataset, i, predictions) for i in range(len(dataset))]
     if not frames:
         raise DataError("there are no structures to write; needed is one or more")

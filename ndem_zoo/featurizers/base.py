@@ -271,6 +271,17 @@ def is_singular(cell: np.ndarray, pbc: np.ndarray) -> bool:
     return bool(np.linalg.det(gram) <= 1e-10 * np.prod(np.diagonal(gram)))
 
 
+def geometry_of(atoms: Atoms) -> Structure:
+    """Elements, positions and, if it is periodic, cell of `ase.Atoms`; neither labels nor constraints."""
+    is_periodic = bool(np.any(atoms.pbc))
+    return Structure(
+        z=np.asarray(atoms.numbers, dtype=np.int64),
+        pos=np.array(atoms.positions, dtype=np.float64),
+        cell=np.array(atoms.cell.array, dtype=np.float64) if is_periodic else None,
+        pbc=np.array(atoms.pbc, dtype=bool) if is_periodic else None,
+    )
+
+
 def read_atoms(atoms: Atoms, energy_key: str | None = None, forces_key: str | None = None) -> Structure:
     """Read a structure, its labels and its fixed atoms from `ase.Atoms`.
 
