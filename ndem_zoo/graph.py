@@ -848,4 +848,6 @@ def check_node_data(graph: DGLGraph) -> None:
         is_flat = (graph.ndata["pbc"] & (graph.ndata["cell"] == 0).all(-1)).any(-1).nonzero().flatten()
         if len(is_flat):
             pbc = graph.ndata["pbc"][is_flat[0]].tolist()
-            raise DataError(f"atom {int(is_flat[0])} has pbc={pbc} and a cell vector of zeros along a periodic direction")
+            raise DataError(
+                f"atom {int(is_flat[0])} has pbc={pbc} and a cell vector of zeros along a periodic direction"
+            )

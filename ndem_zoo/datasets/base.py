@@ -201,7 +201,7 @@ class MolecularDataset:
                 check_node_data(graph)
             except DataError as error:
                 raise DataError(f"structure {index}: {error}") from error
-        fields = [{name: values.dtype for name, values in graph.ndata.items()} for graph in graphs]
+        fields = [(dict(graph.node_attr_schemes()), dict(graph.edge_attr_schemes())) for graph in graphs]
         if all(own == fields[0] for own in fields):
             return cls._from_batch(dgl.batch(graphs), **options)
         whole = cls.concatenate([cls._from_batch(graph) for graph in graphs])
