@@ -596,11 +596,13 @@ def test_graphs_with_other_fields(dgl, changes, message):
 def test_graphs_without_atoms_and_of_different_dtypes(dgl):
     from ndem_zoo.datasets import as_dataset
 
-    empty = made(dgl).subgraph(torch.tensor([], dtype=torch.long))
+    empty = dgl.remove_nodes(made(dgl), [0, 1])
     with pytest.raises(DataError, match="structure 1: it has no atoms"):
         as_dataset([made(dgl), empty])
     with pytest.raises(DataError, match="structure 1 of the batch has no atoms"):
         as_dataset(dgl.batch([made(dgl), empty]))
+    part = made(dgl).subgraph(torch.tensor([1]))  # DGL adds columns of its own
+    assert as_dataset([made(dgl), part]).z.tolist() == [1, 8, 8]
     both = as_dataset([made(dgl), made(dgl, R=torch.tensor([[0.0, 0, 0], [2.0, 0, 0]], dtype=torch.float64))])
     assert both.pos[:, 0].tolist() == [0, 1, 0, 2]
 
