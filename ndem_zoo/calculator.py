@@ -20,9 +20,9 @@ from ase.calculators.calculator import Calculator, all_changes
 
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import ConfigError, DataError
-from ndem_zoo.featurizers.base import Structure, check_structure
+from ndem_zoo.featurizers.base import Structure, check_structure, geometry_of
 from ndem_zoo.featurizers.radius import check_distances
-from ndem_zoo.graph import Batch, make_batch
+from ndem_zoo.graph import Batch, make_batch, near_origin
 from ndem_zoo.models.estimator import NDeMModel, check_known_elements, torch_device
 
 if TYPE_CHECKING:
@@ -35,11 +35,13 @@ _DTYPES = {"32-true": torch.float32, "64-true": torch.float64}
 class _Edges:
     """Edges, and the structure that they were made for.
 
-    `batch` lies on the device; `structure` and the index arrays stay on the CPU, to see what has changed.
+    `batch` lies on the device; `structure` and the index arrays stay on the CPU, to see what has changed. `origin` (n, 3)
+    is subtracted from positions of atoms (`graph.near_origin`).
     """
 
     structure: Structure
     batch: Batch
+    origin: np.ndarray
     src: np.ndarray
     dst: np.ndarray
     shift: np.ndarray
@@ -58,7 +60,7 @@ class _Edges:
         return bool(np.square(structure.pos - old.pos).sum(axis=1).max() <= (0.5 * skin) ** 2)
 
     def check_overlap(self, pos: np.ndarray) -> None:
-        """Raise DataError if two atoms are closer than 0.1 Å."""
+        """Raise DataError if two atoms are closer than 0.1 Å; `pos` is less `origin`."""
         check_distances(self.src, self.dst, np.linalg.norm(pos[self.src] + self.shift - pos[self.dst], axis=1))
 
 
@@ -167,15 +169,7 @@ class NDeMCalculator(Calculator):
 
     def _checked(self, atoms: Atoms) -> Structure:
         """The structure as arrays, if it is one that the model can compute."""
-        periodic = bool(atoms.pbc.any())
-        structure = check_structure(
-            Structure(
-                z=atoms.numbers.astype(np.int64),
-                pos=np.array(atoms.positions, dtype=np.float64),
-                cell=np.array(atoms.cell.array) if periodic else None,
-                pbc=np.array(atoms.pbc) if periodic else None,
-            )
-        )
+        structure = check_structure(geometry_of(atoms))
         check_known_elements(structure.z, np.array([0, len(structure.z)]), self._known, self._unknown)
         return structure
 
@@ -184,11 +178,11 @@ class NDeMCalculator(Calculator):
         edges = self._edges
         if edges is None or not edges.fit(structure, self.skin):
             edges = self._find_edges(structure)
-            edges.check_overlap(structure.pos)
+            edges.check_overlap(structure.pos - edges.origin)
             self._edges = edges
         elif math.isinf(edges.batch.cutoff):  # few pairs: looking at their distances costs nothing
-            edges.check_overlap(structure.pos)
-        pos = torch.as_tensor(structure.pos, dtype=self.dtype).to(self.device, non_blocking=True)
+            edges.check_overlap(structure.pos - edges.origin)
+        pos = torch.as_tensor(structure.pos - edges.origin, dtype=self.dtype).to(self.device, non_blocking=True)
         return edges.batch.replace(pos=pos)
 
     def _find_edges(self, structure: Structure) -> _Edges:
@@ -202,14 +196,13 @@ class NDeMCalculator(Calculator):
                 )
             )  # fmt: skip
         self.neighbor_searches += 1
-        batch = make_batch(
-            structure.z,
-            structure.pos,
-            np.array([len(structure.z)]),
-            self._potential.backbone.cutoff + self.skin,
-            cell=None if structure.cell is None else structure.cell[None],
-            pbc=None if structure.pbc is None else structure.pbc[None],
-            dtype=self.dtype,
-        )
+        count = np.array([len(structure.z)])
+        periodic = {
+            "cell": None if structure.cell is None else structure.cell[None],
+            "pbc": None if structure.pbc is None else structure.pbc[None],
+        }
+        near = near_origin(structure.pos, count, self.dtype, **periodic)
+        cutoff = self._potential.backbone.cutoff + self.skin
+        batch = make_batch(structure.z, near, count, cutoff, **periodic, dtype=self.dtype)
         indices = batch.src.numpy(), batch.dst.numpy(), batch.shift.double().numpy()
-        return _Edges(structure, batch.to(self.device), *indices)
+        return _Edges(structure, batch.to(self.device), structure.pos - near, *indices)

@@ -16,6 +16,7 @@ import numpy as np
 from ase import units
 
 from ndem_zoo.errors import ConfigError, DataError
+from ndem_zoo.featurizers.base import check_structure, geometry_of
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -145,9 +146,11 @@ def run_md(
     ConfigError
         If an option is out of range.
     DataError
-        If the dynamics blows up, that is, reaches structures that cannot be computed; names the step.
+        If the start cannot be used, or the dynamics blows up, that is, reaches structures that cannot be computed; names the
+        step.
     """
     _check_options(steps, timestep, temperature, ensemble, friction, every)
+    check_structure(geometry_of(atoms))
     atoms = atoms.copy()
     atoms.calc = calculator
     if relax:

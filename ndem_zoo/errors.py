@@ -1,6 +1,6 @@
 """The errors and warnings that the package raises on purpose.
 
-Each is a ValueError, RuntimeError or UserWarning as well, so that callers who do not know this module can catch them;
+Each is a ValueError, RuntimeError or UserWarning as well (some a TypeError or IndexError too), so that callers who do not know this module can catch them;
 a script can tell bad data (`DataError`) from a wrong option (`ConfigError`) and a damaged file (`FileFormatError`).
 """
 
@@ -13,6 +13,14 @@ class DataError(ValueError):
 
 class ConfigError(ValueError):
     """An option that does not exist or has a value outside what is allowed."""
+
+
+class DataTypeError(DataError, TypeError):
+    """An object that holds no structures at all; names what does."""
+
+
+class DataIndexError(DataError, IndexError):
+    """The number of a structure that is not there, or something that is no number or mask."""
 
 
 class FileFormatError(DataError):

@@ -44,6 +44,10 @@ _IMAGE_WEIGHTS = (0.5257311121191336, 0.6180339887498949, 0.5844443852190474)
 #: than this, in Å² (fairchem's value).
 DEGENERATE = 0.01
 
+#: Choice: structures farther than this from the origin, in Å, are moved there before positions are rounded to float32,
+#: which resolves 4e-6 Å at this distance.
+FAR = 64.0
+
 #: Where neighbors are searched for with cell lists (vesin); elsewhere all images of all pairs are compared, on the device.
 LISTS_ON = ("cpu",)
 
@@ -233,11 +237,19 @@ def neighbor_list(
         Neighbor and center, sorted by center.
     shift : (E, 3) float64
         Cartesian image shift of the neighbor in Å.
+
+    Raises
+    ------
+    DataError
+        If a position is not finite. All else is checked where structures come in (`datasets.checks`).
     """
     from ase.geometry import complete_cell
     from vesin import NeighborList
 
     pbc = np.zeros(3, dtype=bool) if pbc is None else np.asarray(pbc, dtype=bool)
+    if not np.isfinite(pos).all():
+        atom = int(np.flatnonzero(~np.isfinite(pos).all(axis=1))[0])
+        raise DataError(f"position of atom {atom} is {pos[atom]}; neighbors are searched for among finite numbers")
     # Directions that are not periodic may have no cell vector; the search wants a box of full rank all the same.
     box = np.zeros((3, 3)) if cell is None or not pbc.any() else complete_cell(np.where(pbc[:, None], cell, 0.0))
     calculator = NeighborList(cutoff=float(cutoff), full_list=True, sorted=True)
@@ -247,6 +259,57 @@ def neighbor_list(
     )
     shift = image.astype(np.float64) @ box if pbc.any() else np.zeros((len(center), 3))
     return neighbor.astype(np.int64), center.astype(np.int64), shift
+
+
+def into_cell(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
+    """Images of atoms at `pos` (n, 3), in Å, that are inside of the `cell` (3, 3) in its periodic directions `pbc` (3,)."""
+    from ase.geometry import complete_cell
+
+    pbc = np.asarray(pbc, dtype=bool)
+    box = complete_cell(np.where(pbc[:, None], cell, 0.0))
+    return pos - (np.floor(pos @ np.linalg.inv(box)) * pbc) @ box
+
+
+def near_origin(
+    pos: np.ndarray,
+    counts: np.ndarray,
+    dtype: torch.dtype,
+    cell: np.ndarray | None = None,
+    pbc: np.ndarray | None = None,
+) -> np.ndarray:
+    """Positions that can be rounded to `dtype`: structures that are far from the origin are moved there.
+
+    Neither energies nor forces depend on where a structure is, but float32 numbers are the coarser the larger they are. Most
+    structures are near the origin and stay as they are; of the others, atoms of crystals go into the cell, too.
+
+    Parameters
+    ----------
+    pos : (N, 3)
+        Positions in Å, float64.
+    counts : (S,)
+        Atoms of each structure.
+    dtype
+        What they are rounded to; nothing is moved for float64.
+    cell, pbc : (S, 3, 3) and (S, 3), optional
+        Cells as rows in Å, and which of the rows are periodic.
+
+    Returns
+    -------
+    pos : (N, 3)
+        In Å; `pos` itself if all are near.
+    """
+    if dtype == torch.float64 or not len(pos) or not max(pos.max(), -pos.min()) > FAR:
+        return pos
+    moved = np.array(pos, dtype=np.float64)
+    stops = np.cumsum(counts)
+    for i, (start, stop) in enumerate(zip(stops - counts, stops, strict=True)):
+        own = moved[start:stop]
+        if not len(own) or np.abs(own).max() <= FAR:
+            continue
+        if cell is not None and pbc is not None and np.any(pbc[i]):
+            own = into_cell(own, cell[i], pbc[i])
+        moved[start:stop] = own - own.mean(axis=0) if np.abs(own).max() > FAR else own
+    return moved
 
 
 def image_numbers(shift: Float[Tensor, "E 3"], cell: Float[Tensor, "... 3 3"]) -> Float[Tensor, " E"]:
@@ -579,9 +642,10 @@ def make_batch(
     targets, extras
         Columns with one row per atom or per structure; kept in their own dtype.
     dtype
-        Of the geometry.
+        Of the geometry; see `near_origin`.
     """
     counts = np.asarray(counts, dtype=np.int64)
+    pos = near_origin(np.asarray(pos), counts, dtype, cell, pbc)
     if search or not _needs_search(counts, pbc):
         src, dst, shift, radius = edges_of(pos, counts, cutoff, cell, pbc, nearest)
     else:
@@ -719,13 +783,15 @@ def from_dgl(graphs: DGLGraph | Sequence[DGLGraph], cutoff: float, dtype: torch.
     Raises
     ------
     DataError
-        If a graph lacks ``Z`` or ``R``, or has self-loops, which backbones add themselves.
+        If a graph lacks ``Z`` or ``R``, their shapes or dtypes are others, or it has self-loops, which backbones add
+        themselves.
     """
     dgl = import_dgl()
     graph = graphs if isinstance(graphs, dgl.DGLGraph) else dgl.batch(list(graphs))
     for name in ("Z", "R"):
         if name not in graph.ndata:
             raise DataError(f"the graph has no ndata['{name}']; it has {sorted(graph.ndata)}")
+    check_node_data(graph)
     src, dst = graph.edges()
     shift = graph.edata.get("shift", torch.zeros(len(src), 3, device=src.device)).to(dtype)
     is_loop = src == dst
@@ -739,6 +805,9 @@ def from_dgl(graphs: DGLGraph | Sequence[DGLGraph], cutoff: float, dtype: torch.
     cell = torch.zeros(len(counts), 3, 3, dtype=dtype)
     if "cell" in graph.ndata:
         cell = (graph.ndata["cell"] * graph.ndata["pbc"][:, :, None]).index_select(0, first).to(dtype)
+    pos = graph.ndata["R"]
+    if pos.device.type == "cpu" and pos.dtype != dtype:
+        pos = torch.from_numpy(near_origin(pos.numpy(), counts.numpy(), dtype))
     targets = {"forces": graph.ndata["F"]} if "F" in graph.ndata else {}
     if "energy" in graph.ndata:
         targets["energy"] = graph.ndata["energy"].index_select(0, first)
@@ -755,3 +824,41 @@ def from_dgl(graphs: DGLGraph | Sequence[DGLGraph], cutoff: float, dtype: torch.
         fixed=graph.ndata.get("fixed", torch.zeros(graph.num_nodes(), dtype=torch.bool, device=src.device)),
         targets=targets,
     )
+
+
+def check_node_data(graph: DGLGraph) -> None:
+    """Raise DataError for node data whose shapes are not those of `to_dgl`, or whose dtypes are of another kind."""
+    reals, integers = (
+        (torch.float16, torch.float32, torch.float64),
+        (torch.int64, torch.int32, torch.int16, torch.uint8),
+    )
+    known = {
+        "Z": ((), (*integers, torch.int8)),
+        "R": ((3,), (*reals, *integers)),
+        "F": ((3,), reals),
+        "energy": ((), reals),
+        "fixed": ((), (torch.bool,)),
+        "cell": ((3, 3), reals),
+        "pbc": ((3,), (torch.bool,)),
+    }
+    n = graph.num_nodes()
+    for name, (shape, dtypes) in known.items():
+        values = graph.ndata.get(name)
+        if values is not None and (values.shape[1:] != shape or values.dtype not in dtypes):
+            raise DataError(
+                f"ndata['{name}'] has shape {tuple(values.shape)} and dtype {values.dtype}; needed are {(n, *shape)} and "
+                f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
+            )
+    empty = (graph.batch_num_nodes() == 0).nonzero().flatten().tolist()
+    if empty:
+        where = "it" if graph.batch_size == 1 else f"structure {empty[0]} of the batch"
+        raise DataError(f"{where} has no atoms; allowed is one or more")
+    if ("cell" in graph.ndata) != ("pbc" in graph.ndata):
+        raise DataError("the graph has only one of ndata['cell'] and ndata['pbc']; a periodic structure needs both")
+    if "cell" in graph.ndata:
+        is_flat = (graph.ndata["pbc"] & (graph.ndata["cell"] == 0).all(-1)).any(-1).nonzero().flatten()
+        if len(is_flat):
+            pbc = graph.ndata["pbc"][is_flat[0]].tolist()
+            raise DataError(
+                f"atom {int(is_flat[0])} has pbc={pbc} and a cell vector of zeros along a periodic direction"
+            )

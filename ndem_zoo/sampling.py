@@ -248,7 +248,9 @@ class Collator:
         known = self._known.get(len(indices))
         if known is not None:
             structures = torch.from_numpy(indices)
-            pos = self._rows(self._pos, True, structures, structures).to(self.dtype)
+            pos = self._rows(self._pos, True, structures, structures)
+            counts = np.full(len(indices), self._size)
+            pos = torch.from_numpy(graph.near_origin(pos.numpy(), counts, self.dtype)).to(self.dtype)
             return known.replace(pos=self._move(pos), **self._gather(structures, structures))
         atoms, counts = atom_indices(self.dataset.ptr, indices)
         batch = self._assemble(indices, atoms, counts)
@@ -261,7 +263,7 @@ class Collator:
     def _column(self, column: np.ndarray, is_per_atom: bool) -> Tensor:
         """A column as a tensor that shares its memory, with a row for each structure where their sizes are equal."""
         if min(column.strides, default=0) < 0:  # torch has no strides that go backwards
-            column = np.ascontiguousarray(column)
+            column = np.array(column, order="C")  # not ascontiguousarray: it returns a single row as it is
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writ")  # nobody writes into it
             tensor = torch.from_numpy(np.asarray(column))

@@ -444,3 +444,29 @@ def test_a_model_trained_in_half_precision_is_used_in_single_precision(ethanol, 
     expected = half.predict(molecule)
     assert molecule.get_potential_energy() == pytest.approx(expected["energy"][0], abs=1e-3)
     np.testing.assert_allclose(molecule.get_forces(), expected["forces"][0], atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- far from home
+
+
+@pytest.mark.parametrize("name", ["molecule", "crystal"])
+def test_forces_far_away_are_those_at_home(ethanol, name, request):
+    """In float32, whose numbers are 0.008 Å apart there; while the edges are kept, and when they are made."""
+    model = fit_tiny(ethanol, precision="32-true")
+    atoms = request.getfixturevalue(name)
+    expected = fresh(model, atoms)
+    far = atoms.copy()
+    far.positions += [90_000.0, -70_000.0, 30_000.0]
+    far.calc = NDeMCalculator(model, skin=0.5)
+    assert_same(far, expected, 2e-5)
+    moved = atoms.copy()
+    for structure in (moved, far):
+        structure.positions[0] += 0.05
+    searches = far.calc.neighbor_searches
+    assert_same(far, fresh(model, moved), 2e-5)
+    assert far.calc.neighbor_searches == searches
+
+
+def test_dynamics_of_elements_that_do_not_exist(model):
+    with pytest.raises(DataError, match="atom 1 has atomic number 119"):
+        run_md(Atoms([1, 119], positions=[[0, 0, 0], [0, 0, 2.0]]), NDeMCalculator(model), steps=1)

@@ -439,3 +439,24 @@ def test_constraints():
     atoms.set_constraint(FixBondLength(0, 1))
     with pytest.raises(DataError, match="structure 0: it has a constraint"):
         MolecularDataset.from_atoms([atoms])
+
+
+def test_errors_of_kinds_are_ours_and_pythons(mixed):
+    with pytest.raises(DataError) as caught:
+        as_dataset(3)
+    assert isinstance(caught.value, TypeError)
+    for bad in ([99], [0.5], [[0]], np.ones(99, bool)):
+        with pytest.raises(DataError) as caught:
+            mixed.select(bad)
+        assert isinstance(caught.value, IndexError)
+    with pytest.raises(DataError, match=f"index {len(mixed)} is out of range"):
+        mixed[len(mixed)]
+
+
+def test_columns_are_not_cast_from_other_kinds():
+    good = {"z": [1, 8], "pos": [[0.0, 0, 0], [1.0, 0, 0]], "ptr": [0, 2]}
+    MolecularDataset(**good)
+    for changes in ({"pos": np.array(good["pos"]) + 0j}, {"pos": [["0", "0", "0"]] * 2}, {"z": [True, True]},
+                    {"fixed": [0.5, 1.0]}, {"z": [[1], [8]]}, {"pos": [[0.0], [1.0, 2.0]]}):  # fmt: skip
+        with pytest.raises(DataError):
+            MolecularDataset(**(good | changes))

@@ -125,3 +125,27 @@ def test_units_of_forces(ethanol):
     absurd = changed(ethanol, targets={"forces": ethanol.targets["forces"] * 1000})
     with pytest.raises(DataError, match="allowed is up to 1000"):
         check_targets(absurd, ["forces"])
+
+
+def test_structures_that_float32_cannot_hold():
+    good, far = molecule("CH3CN"), molecule("CH3CN")
+    far.positions[2] += 1500.0
+    with pytest.raises(DataError, match=r"structure 1: the structure extends over 150\d Å; allowed are 1000 Å"):
+        check_structures(MolecularDataset.from_atoms([good, far]))
+    far.set_cell([7.0, 8.0, 9.0])
+    far.pbc = True
+    far.positions[2] += np.array([0.3, 0.0, 0.2])
+    check_structures(MolecularDataset.from_atoms([good, far]))  # in another image
+    far.positions[2] += 2e6
+    with pytest.raises(DataError, match=r"structure 1: position of atom 2 is .* up to 1e\+06 Å"):
+        check_structures(MolecularDataset.from_atoms([good, far]))
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [([9, 9, 0.02], "structure 1: .* faces 0.02 Å apart"), ([9, 9, 2000], "structure 1: .* longer than")],
+)
+def test_cells_whose_search_would_not_end(cell, message):
+    atoms = Atoms("He", cell=cell, pbc=True)
+    with pytest.raises(DataError, match=message):
+        check_structures(MolecularDataset.from_atoms([molecule("H2O"), atoms]))

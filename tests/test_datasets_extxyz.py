@@ -173,3 +173,10 @@ def test_datasets_are_what_atoms_say(ethanol, tmp_path):
     direct = MolecularDataset.from_atoms(ase.io.read(tmp_path / "a.xyz", index=":"))
     ours = read_extxyz(tmp_path / "a.xyz")
     np.testing.assert_array_equal(direct.targets["forces"], ours.targets["forces"])
+
+
+def test_only_structures_are_written(tmp_path):
+    for z in (0, -5, 119):
+        with pytest.raises(DataError, match=f"structure 1: atom 0 has atomic number {z}"):
+            write_extxyz(tmp_path / "a.xyz", MolecularDataset([1, z], np.zeros((2, 3)), [0, 1, 2]))
+    assert not list(tmp_path.iterdir())

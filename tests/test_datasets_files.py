@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import ssl
 import tarfile
 import threading
 import warnings
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,30 +28,63 @@ def card(**files: RemoteFile) -> DatasetCard:
     return DatasetCard("Test", "a test", "none", {}, "none", ("nobody",), files=files)
 
 
+#: Certificate of 127.0.0.1, signed by nobody else, and its key; for these tests alone.
+CERTIFICATE = Path(__file__).parent / "data" / "localhost.pem"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Gives contents, or redirections where there is an address instead; `length` promises another size than comes."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        content = self.server.files.get(self.path)
+        if isinstance(content, str):
+            self.send_response(302)
+            self.send_header("Location", content)
+        else:
+            self.send_response(404 if content is None else 200)
+            if self.server.length is not None:
+                self.send_header("Content-Length", str(self.server.length))
+        self.end_headers()
+        self.wfile.write(content if isinstance(content, bytes) else b"")
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving(tls: bool):
+    instance = HTTPServer(("127.0.0.1", 0), Handler)
+    instance.files, instance.asked, instance.length = {}, [], None
+    instance.url = f"{'https' if tls else 'http'}://127.0.0.1:{instance.server_port}"
+    instance.handle_error = lambda *_: None  # a client that does not trust the certificate
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(CERTIFICATE)
+        instance.socket = context.wrap_socket(instance.socket, server_side=True)
+    threading.Thread(target=instance.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield instance
+    finally:
+        instance.shutdown()
+        instance.server_close()
+
+
 @pytest.fixture
 def server(monkeypatch):
-    """A server on this machine; `server.files` maps paths to contents, `server.asked` lists what was asked for."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    """A server with TLS on this machine; `server.files` maps paths to contents, `server.asked` lists what was asked for."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(CERTIFICATE))
+    with serving(tls=True) as instance:
+        yield instance
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.asked.append(self.path)
-            content = self.server.files.get(self.path)
-            self.send_response(404 if content is None else 200)
-            self.end_headers()
-            self.wfile.write(content or b"")
 
-        def log_message(self, *_):
-            pass
-
-    instance = HTTPServer(("127.0.0.1", 0), Handler)
-    instance.files, instance.asked = {}, []
-    instance.url = f"http://127.0.0.1:{instance.server_port}"
-    threading.Thread(target=instance.serve_forever, args=(0.01,), daemon=True).start()
-    yield instance
-    instance.shutdown()
-    instance.server_close()
+@pytest.fixture
+def plain_server():
+    """The same without TLS."""
+    with serving(tls=False) as instance:
+        yield instance
 
 
 def test_mirrors_are_tried_in_order_and_the_file_is_kept(server, tmp_path):
@@ -73,16 +109,58 @@ def test_a_download_with_a_wrong_checksum_is_refused_and_deleted(server, tmp_pat
     assert fetch(card(x_bin=remote), "x.bin", tmp_path).read_bytes() == CONTENT
 
 
-def test_a_download_without_known_checksum_reports_what_it_saw(server, tmp_path):
+def test_nothing_is_downloaded_without_a_known_checksum(server, tmp_path):
     server.files["/a"] = CONTENT
-    with pytest.warns(DataWarning, match=SHA256):
+    with pytest.raises(DataError, match=r"no checksum of it is known.*get x\.bin from https://.*data_dir="):
         fetch(card(x_bin=RemoteFile(urls=(f"{server.url}/a",))), "x.bin", tmp_path)
+    assert (server.asked, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_nothing_is_downloaded_without_tls(plain_server, tmp_path):
+    plain_server.files["/a"] = CONTENT
+    with pytest.raises(DataError, match=r"is no https address.*put it into"):
+        fetch(card(x_bin=RemoteFile(urls=(f"{plain_server.url}/a",), sha256=SHA256)), "x.bin", tmp_path)
+    assert (plain_server.asked, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_redirections_are_followed_to_tls_only(server, plain_server, tmp_path):
+    server.files |= {"/a": "/b", "/b": CONTENT, "/c": f"{plain_server.url}/d"}
+    plain_server.files["/d"] = CONTENT
+    remote = RemoteFile(urls=(f"{server.url}/c",), sha256=SHA256)
+    with pytest.raises(DataError, match=r"http://.*/d is no https address"):
+        fetch(card(x_bin=remote), "x.bin", tmp_path)
+    assert (plain_server.asked, list(tmp_path.iterdir())) == ([], [])
+    remote = RemoteFile(urls=(f"{server.url}/a",), sha256=SHA256)
+    assert fetch(card(x_bin=remote), "x.bin", tmp_path).read_bytes() == CONTENT
+
+
+def test_a_server_that_nobody_vouches_for_is_not_trusted(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE")
+    server.files["/a"] = CONTENT
+    with pytest.raises(DataError, match=r"CERTIFICATE_VERIFY_FAILED|certificate"):
+        fetch(card(x_bin=RemoteFile(urls=(f"{server.url}/a",), sha256=SHA256)), "x.bin", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_more_is_downloaded_than_the_official_file_has(server, tmp_path):
+    server.files["/a"] = CONTENT * 100_000
+    remote = RemoteFile(urls=(f"{server.url}/a",), sha256=SHA256, size=len(CONTENT))
+    with pytest.raises(DataError, match=r"x\.bin is larger than the official file"):
+        fetch(card(x_bin=remote), "x.bin", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_that_ends_early_is_not_used(server, tmp_path):
+    server.files["/a"], server.length = CONTENT[:5], len(CONTENT)
+    with pytest.raises(DataError, match="cannot download"):
+        fetch(card(x_bin=RemoteFile(urls=(f"{server.url}/a",), sha256=SHA256)), "x.bin", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_network_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    remote = RemoteFile(urls=("http://127.0.0.1:9/x",), sha256=SHA256)
-    with pytest.raises(DataError, match=r"get x\.bin from http://127.0.0.1:9/x and put it into") as caught:
+    remote = RemoteFile(urls=("https://127.0.0.1:9/x",), sha256=SHA256)
+    with pytest.raises(DataError, match=r"get x\.bin from https://127.0.0.1:9/x and put it into") as caught:
         fetch(card(x_bin=remote), "x.bin", tmp_path)
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="download=False"):

@@ -215,6 +215,9 @@ def test_sample_in_md17s_layout(raw, tmp_path, ethanol):
         ("E", lambda a: a["E"][:39], DataError, r"E has shape \(39, 1\)"),
         ("z", lambda a: a["z"][:8], DataError, "8 atoms need"),
         ("z", lambda a: a["z"].astype(float), DataError, "integers"),
+        ("z", lambda a: np.where(a["z"] == 8, 257 + 7, a["z"].astype(int)), DataError, "atomic number 264; allowed"),
+        ("z", lambda a: a["z"][:0], DataError, "z is empty"),
+        ("R", lambda a: a["R"] + 0j, DataError, "dtype is complex128"),
         (
             "R",
             lambda a: np.where(np.arange(40)[:, None, None] == 7, np.nan, a["R"]),

@@ -133,6 +133,21 @@ def test_a_folder_of_several_formats(shared_data):
 # ------------------------------------------------------------------------------------------------------ kinds of energy
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('pbc="T T T"', 'pbc="T T"', "pbc has 2 flags"),
+        ('Lattice="20 0 0 0 15 0 0 0 30" ', "", "there is no Lattice"),
+        ("F 0 ", "F 99999999999999999999 ", "structure 0 cannot be read"),
+    ],
+)
+def test_heads_and_columns_that_cannot_be(old, new, message):
+    text, log = text_frames(2)
+    assert old in text
+    with pytest.raises(FileFormatError, match=message):
+        frames_of_text(text.replace(old, new), log, "0.extxyz")
+
+
 def test_totals_and_adsorption_energies(shared_data, mini):
     folder = shared_data / "oc20"
     total = read_oc20(folder / "s2ef_mini100", energy="total")

@@ -416,6 +416,10 @@ def test_the_flat_layout(tmp_path):
     [
         ({"N": np.array([2, 2, 2, 1])}, "N adds up to 7 atoms, but Z has 8"),
         ({"Z": np.array([6, 1, 6, 1, 6, 14, 6, 1])}, "atom 5 has atomic number 14"),
+        ({"Z": np.array([6, 1, 6, 1, 6, 257, 6, 1])}, "atom 5 has atomic number 257"),
+        ({"Z": np.array(6)}, r"Z has shape \(\)"),
+        ({"id": np.arange(1.0, 5.0)}, "id has shape .* float64; needed are integers"),
+        ({"R": np.zeros((8, 3), dtype=bool)}, "R cannot be an array"),
         ({"R": np.zeros((7, 3))}, r"R has shape \(7, 3\)"),
         ({"mu": np.zeros(3)}, r"mu has shape \(3,\)"),
         ({"R": np.full((8, 3), np.inf)}, "position of molecule 1 is not finite"),

@@ -132,4 +132,6 @@ def test_broken_and_empty_data_have_a_summary(ethanol):
     assert summary.force_rms is None
     assert "3 values of forces are not finite" in str(summary)
     assert "empty" in str(ethanol[:0].summary())
+    pair = MolecularDataset([-(2**63), 1], [[0.0, 0, 0], [1.0, 0, 0]], [0, 2])
+    assert f"Z={-(2**63)}" in str(pair.summary())
     assert "no labels" in str(MolecularDataset.from_atoms([Atoms("H")]).summary())

@@ -236,3 +236,54 @@ def test_the_order_of_edges_is_by_center():
 
 def test_repr_names_the_options():
     assert repr(RadiusGraph(4.0, max_neighbors=3)) == "RadiusGraph(cutoff=4.0, max_neighbors=3, skin=0.0, strict=True)"
+
+
+WATER = np.array([[0.0, 0, 0], [0.96, 0, 0], [0, 0.96, 0]])
+
+
+@pytest.mark.parametrize(
+    ("z", "pos", "message"),
+    [
+        ([8, 1, 1], [[0, 0, 0], [1, 0]], "cannot be an array"),
+        ([8, 1, 1], WATER.astype(str), "positions cannot be an array of float64: the dtype is <U"),
+        ([8, 1, 1], WATER + 0j, "dtype is complex128"),
+        ([8, 1, 1], np.zeros((3, 3), dtype="datetime64[s]"), "dtype is datetime64"),
+        ([8, 1, 1], np.ma.masked_equal(WATER, 0.96), "2 masked entries"),
+        ([8, 1, 1], None, "dtype is object"),
+        ([8.0, 1.0, 1.0], WATER, "integers"),
+        ([True] * 3, WATER, "dtype bool"),
+        (["O", "H", "H"], WATER, "atomic numbers cannot be an array"),
+        ([2**70] * 3, WATER, "atomic numbers cannot be an array"),
+        ([8, 1, 1], WATER + 2e6, r"position of atom 0 .* up to 1e\+06 Å"),
+        ([8, 1, 1], WATER * 1100, r"extends over 1056 Å; allowed are 1000 Å"),
+    ],
+)
+def test_arrays_that_are_no_structures(z, pos, message):
+    with pytest.raises(DataError, match=message):
+        RadiusGraph(5.0)((z, pos))
+
+
+@pytest.mark.parametrize(
+    ("cell", "pbc", "message"),
+    [
+        (np.diag([9.0, 9.0, 0.05]), None, r"opposite faces 0\.05 Å apart"),
+        (np.array([[9.0, 0, 0], [900.0, 9.0, 0], [0, 0, 9.0]]), None, r"opposite faces 0\.09 Å"),
+        (np.eye(3) * 1001, None, "longer than 1000 Å"),
+        (np.eye(3) * 1e300, None, "longer than 1000 Å"),
+        ("cubic", None, "cell cannot be an array"),
+        (np.eye(3) * (9 + 1j), None, "cell cannot be an array"),
+        (np.eye(3) * 9, [1.0, np.nan, 0.0], "allowed are True and False"),
+        (np.eye(3) * 9, ["T", "T", "F"], "pbc cannot be an array of bool"),
+    ],
+)
+def test_cells_that_are_none(cell, pbc, message):
+    with pytest.raises(DataError, match=message):
+        RadiusGraph(5.0)(([8, 1, 1], WATER, cell, pbc))
+
+
+def test_atoms_may_be_in_any_image_of_their_cell():
+    far = WATER + np.array([[0, 0, 0], [4500.0, 0, 0], [0, 0, -9000.0]])
+    graph = RadiusGraph(1.2)(([8, 1, 1], far, np.eye(3) * 9.0, [True, False, True]))
+    assert graph.num_edges() == 4
+    with pytest.raises(DataError, match="extends over"):
+        RadiusGraph(1.2)(([8, 1, 1], far, np.eye(3) * 9.0, [False, True, True]))

@@ -525,3 +525,89 @@ def test_a_small_cell_among_large_ones_does_not_make_chunks_too_large(monkeypatc
         assert last - first == 1 or int(counts[first:last].square().sum() * images) <= 1 << 16
     assert graph._chunks(counts, reach)[0][0] == 0
     assert graph._chunks(counts, reach)[-1][1] == 3
+
+
+# ------------------------------------------------------------------------------------------------------ far, flat, broken
+
+
+@pytest.mark.parametrize("pbc", [(False, False, False), (True, True, True), (True, False, True)])
+def test_where_a_structure_is_does_not_matter_in_float32(pbc):
+    """Also where only one of its atoms is far away, in another image of its cell."""
+    near = distorted(bulk("NaCl", "rocksalt", a=5.64), 0.4)
+    near.pbc = pbc
+    far = near.copy()
+    far.positions += [91234.5, -5000.25, 77.0]
+    scattered = near.copy()
+    scattered.positions[1] += np.array([900, 0, -700]) * pbc @ near.cell.array
+    expected = np.sort(batch_of([near], 5.0, radius=5.0).vectors().numpy(), axis=0)
+    for atoms in (far, scattered):
+        batch = batch_of([near, atoms], 5.0, dtype=torch.float32)
+        assert float(batch.pos.abs().max()) < 20
+        vectors = batch.vectors()[batch.dst >= 2]
+        vectors = np.sort(vectors[vectors.norm(dim=1) < 5.0].numpy(), axis=0)
+        assert vectors.shape == expected.shape
+        assert np.abs(vectors - expected).max() < 2e-6
+
+
+def test_what_is_near_or_in_float64_stays_where_it_is():
+    pos = np.array([[0.0, 0, 0], [63.9, 0, 0]])
+    assert graph.near_origin(pos, np.array([2]), torch.float32) is pos
+    far = pos + 1e5
+    assert graph.near_origin(far, np.array([2]), torch.float64) is far
+    before = far.copy()
+    moved = graph.near_origin(far, np.array([1, 1]), torch.float32)
+    assert np.array_equal(far, before)
+    assert np.abs(moved).max() == 0  # two structures of one atom
+
+
+def test_neighbors_of_what_is_not_finite():
+    with pytest.raises(DataError, match=r"position of atom 1 is .*nan"):
+        graph.neighbor_list(np.array([[0.0, 0, 0], [0, np.nan, 0]]), 3.0)
+
+
+def made(dgl, **changes):
+    fields = {"Z": torch.tensor([1, 8]), "R": torch.tensor([[0.0, 0, 0], [1.0, 0, 0]])}
+    built = dgl.graph((torch.tensor([], dtype=torch.long),) * 2, num_nodes=2)
+    for name, values in (fields | changes).items():
+        built.ndata[name] = values
+    return built
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"Z": torch.tensor([1.5, 8.0])}, r"ndata\['Z'\] has shape \(2,\) and dtype torch.float32"),
+        ({"Z": torch.ones(2, 1, dtype=torch.long)}, r"ndata\['Z'\] has shape \(2, 1\)"),
+        ({"R": torch.zeros(2, 3, dtype=torch.complex64)}, r"ndata\['R'\].*complex64"),
+        ({"R": torch.zeros(2, 2)}, r"ndata\['R'\] has shape \(2, 2\)"),
+        ({"cell": torch.zeros(2, 3, 3)}, "only one of"),
+        ({"cell": torch.diag(torch.tensor([9.0, 9.0, 0])).expand(2, 3, 3), "pbc": torch.ones(2, 3, dtype=torch.bool)}, "zeros"),
+    ],
+)  # fmt: skip
+def test_graphs_with_other_fields(dgl, changes, message):
+    with pytest.raises(DataError, match=message):
+        graph.from_dgl(made(dgl, **changes), 5.0)
+    from ndem_zoo.datasets import as_dataset
+
+    with pytest.raises(DataError, match=f"structure 1: .*{message}"):
+        as_dataset([made(dgl), made(dgl, **changes)])
+
+
+def test_graphs_without_atoms_and_of_different_dtypes(dgl):
+    from ndem_zoo.datasets import as_dataset
+
+    empty = dgl.remove_nodes(made(dgl), [0, 1])
+    with pytest.raises(DataError, match="structure 1: it has no atoms"):
+        as_dataset([made(dgl), empty])
+    with pytest.raises(DataError, match="structure 1 of the batch has no atoms"):
+        as_dataset(dgl.batch([made(dgl), empty]))
+    part = made(dgl).subgraph(torch.tensor([1]))  # DGL adds columns of its own
+    assert as_dataset([made(dgl), part]).z.tolist() == [1, 8, 8]
+    both = as_dataset([made(dgl), made(dgl, R=torch.tensor([[0.0, 0, 0], [2.0, 0, 0]], dtype=torch.float64))])
+    assert both.pos[:, 0].tolist() == [0, 1, 0, 2]
+
+
+def test_far_graphs_in_float32(dgl):
+    pos = torch.tensor([[0.0, 0, 0], [1.0, 0, 0]], dtype=torch.float64) + 50_000.1
+    batch = graph.from_dgl(made(dgl, R=pos), 5.0)
+    assert np.allclose(batch.pos[1] - batch.pos[0], [1, 0, 0], atol=1e-7)

@@ -386,3 +386,21 @@ def test_a_limit_on_neighbors_is_known_to_predictions():
     atoms = len(slabs.z) // 12
     assert expected_edges(slabs, 12.0, Nearest(20)).tolist() == [20 * atoms] * 12
     assert expected_edges(slabs, 12.0)[0] > 100 * atoms
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_columns_that_go_backwards_in_memory(n):
+    """Also a single row, which numpy calls contiguous whatever its strides are."""
+    pos = np.arange(3.0 * n).reshape(n, 3)
+    data = MolecularDataset(np.ones(n, dtype=int), pos[::-1].copy()[::-1], [0, n])
+    assert data.pos.strides[0] < 0
+    assert Collator(data, 5.0, torch.float64)(np.array([0])).pos.tolist() == pos.tolist()
+
+
+def test_far_frames_of_one_molecule_in_float32(ethanol):
+    """The way of the shared batches: from the second call on."""
+    far = ethanol[:4].replace_positions(ethanol[:4].pos + 80_000.0)
+    collator = Collator(far, 5.0)
+    expected = Collator(ethanol[:4], 5.0, torch.float64)(np.array([2, 3])).vectors()
+    for _ in range(2):
+        assert float((collator(np.array([2, 3])).vectors() - expected).abs().max()) < 2e-6

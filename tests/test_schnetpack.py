@@ -652,3 +652,9 @@ def test_estimator_learns_and_is_saved(tmp_path, ethanol):
     estimator.save(tmp_path / "model")
     loaded = NDeMPaiNN.load(tmp_path / "model")
     assert np.array_equal(loaded.predict(frames)["forces"], estimator.predict(frames)["forces"])
+
+
+def test_a_database_is_not_written_with_impossible_structures(tmp_path):
+    with pytest.raises(DataError, match="structure 1: atom 0 has atomic number -1"):
+        write_ase_db(MolecularDataset([1, -1], np.zeros((2, 3)), [0, 1, 2]), tmp_path / "a.db")
+    assert not list(tmp_path.iterdir())

@@ -131,7 +131,9 @@ class CleanForces(Objective):
 #
 # `check_backbone` rotates, mirrors, shifts and reorders; compares forces with finite differences and second derivatives with
 # numeric ones; lets an atom cross the cutoff; looks for structures that see each other, for NaN, for weights that are not
-# saved, and so on. `check_objective` does the same for objectives. Silence is success.
+# saved, and so on. `check_objective` does the same for objectives. Silence is success. For tests of your own,
+# `ndem_zoo.testing.structures()` and `bad_structures()` are Hypothesis strategies: structures in every form that arrays have,
+# and spoilt ones.
 
 # %%
 from ndem_zoo.testing import check_backbone, check_objective

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ndem_zoo.errors import ConfigError, DataError, DataWarning
-from ndem_zoo.featurizers.base import Featurizer, Structure, read_atoms
-from ndem_zoo.graph import PER_ATOM, from_dgl, import_dgl, is_dgl_graph, make_batch
+from ndem_zoo.errors import ConfigError, DataError, DataIndexError, DataTypeError, DataWarning
+from ndem_zoo.featurizers.base import Featurizer, Structure, as_numbers, read_atoms
+from ndem_zoo.graph import PER_ATOM, check_node_data, from_dgl, import_dgl, is_dgl_graph, make_batch
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +101,7 @@ class MolecularDataset:
         per_atom: Mapping[str, bool] | None = None,
         checked: bool = False,
     ) -> None:
-        z, ptr = np.asanyarray(z), np.asarray(ptr, dtype=np.int64)
+        z, ptr = as_numbers("z", z), np.asarray(as_numbers("ptr", ptr), dtype=np.int64)
         _check_rows(z, ptr)
         n_atoms, n = len(z), len(ptr) - 1
         self.ptr = _frozen(ptr)
@@ -196,7 +196,13 @@ class MolecularDataset:
         if not graphs:
             raise DataError("there are no graphs; needed is one or more")
         _check_equal_fields(graphs)
-        if all(set(graph.ndata) == set(graphs[0].ndata) for graph in graphs):
+        for index, graph in enumerate(graphs):
+            try:
+                check_node_data(graph)
+            except DataError as error:
+                raise DataError(f"structure {index}: {error}") from error
+        fields = [(dict(graph.node_attr_schemes()), dict(graph.edge_attr_schemes())) for graph in graphs]
+        if all(own == fields[0] for own in fields):
             return cls._from_batch(dgl.batch(graphs), **options)
         whole = cls.concatenate([cls._from_batch(graph) for graph in graphs])
         return cls(**whole.columns(), **{"ids": None, **options})
@@ -340,8 +346,8 @@ class MolecularDataset:
 
         Raises
         ------
-        IndexError
-            If a number is out of range, or a mask has another length.
+        DataIndexError
+            If a number is out of range, or a mask has another length; an `IndexError` as well.
         """
         index = _integers(indices, len(self))
         if len(index) and (np.diff(index) == 1).all():
@@ -485,6 +491,8 @@ class MolecularDataset:
 
     def structure(self, index: int) -> Structure:
         """Structure `index` as arrays."""
+        if not -len(self) <= index < len(self):
+            raise DataIndexError(f"index {index} is out of range for {len(self)} structures")
         i = range(len(self))[index]
         rows = slice(self.ptr[i], self.ptr[i + 1])
         energy, forces = self.targets.get("energy"), self.targets.get("forces")
@@ -663,8 +671,8 @@ def as_dataset(data: Any) -> MolecularDataset:
 
     Raises
     ------
-    TypeError
-        If it is none of these.
+    DataTypeError
+        If it is none of these; a `TypeError` as well.
     DataError
         If one of the structures is unusable; names its index.
     """
@@ -680,7 +688,7 @@ def as_dataset(data: Any) -> MolecularDataset:
         return _from_deepchem(data)
     if not isinstance(data, (list, tuple, np.ndarray)):
         hint = "; read files with load_extxyz" if isinstance(data, (str, bytes)) or hasattr(data, "__fspath__") else ""
-        raise TypeError(f"got {type(data).__name__}; allowed are {_ALLOWED}{hint}")
+        raise DataTypeError(f"got {type(data).__name__}; allowed are {_ALLOWED}{hint}")
     if len(data) == 0:
         raise DataError("there are no structures; needed is one or more")
     if all(isinstance(item, Atoms) for item in data):
@@ -698,7 +706,7 @@ def _check_all_graphs(items: Any) -> None:
                 "use ndem_zoo.featurizers.RadiusGraph, which says what is wrong"
             )
         if not is_dgl_graph(item):
-            raise TypeError(f"item {index} is {type(item).__name__}; allowed are {_ALLOWED}")
+            raise DataTypeError(f"item {index} is {type(item).__name__}; allowed are {_ALLOWED}")
 
 
 def _from_deepchem(data: Any) -> MolecularDataset:
@@ -775,10 +783,10 @@ def _frozen(array: np.ndarray) -> np.ndarray:
 
 def _column(name: str, values: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """`values` as a read-only array of this shape; not copied when the dtype fits."""
-    try:
+    if dtype in (np.float64, bool):
+        array = as_numbers(name, values, dtype)
+    else:  # names, and extras of any kind
         array = np.asanyarray(values) if dtype is None else np.asanyarray(values, dtype=dtype)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name} cannot be an array of {np.dtype(dtype).name}: {error}") from error
     if array.shape != shape:
         raise DataError(f"{name} has shape {array.shape}; needed is {shape}")
     return _frozen(array)
@@ -835,16 +843,16 @@ def _integers(indices: Any, n: int) -> np.ndarray:
     index = np.asarray(indices)
     if index.dtype == bool:
         if index.shape != (n,):
-            raise IndexError(f"the mask has shape {index.shape}; needed is ({n},)")
+            raise DataIndexError(f"the mask has shape {index.shape}; needed is ({n},)")
         return np.flatnonzero(index)
     if index.size == 0:
         return np.zeros(0, dtype=np.int64)
     if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
-        raise IndexError(
+        raise DataIndexError(
             f"got indices of shape {index.shape} and dtype {index.dtype}; allowed are integers or a mask, (n,)"
         )
     if index.min() < -n or index.max() >= n:
-        raise IndexError(f"index {index[(index < -n) | (index >= n)][0]} is out of range for {n} structures")
+        raise DataIndexError(f"index {index[(index < -n) | (index >= n)][0]} is out of range for {n} structures")
     return np.where(index < 0, index + n, index).astype(np.int64)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ndem_zoo.errors import DataError, UnitsWarning
-from ndem_zoo.featurizers.base import check_cell
+from ndem_zoo.featurizers.base import ALLOWED_POSITIONS, MAX_COORDINATE, MAX_EXTENT, check_cell, check_extent
 from ndem_zoo.featurizers.radius import MIN_DISTANCE, check_distances
 from ndem_zoo.graph import neighbor_list
 from ndem_zoo.physics import MAX_Z
@@ -41,8 +41,9 @@ _DIRECTION = np.array([0.5257311121191336, 0.6180339887498949, 0.584444385219047
 def check_structures(dataset: MolecularDataset) -> None:
     """Raise DataError for the first structure that cannot be one.
 
-    Checked are: at least one atom; finite positions; atomic numbers 1 to 100; cells that are finite and not singular in
-    their periodic directions; no two atoms, periodic images included, closer than 0.1 Å.
+    Checked are: at least one atom; finite positions, not beyond 10^6 Å, and 1,000 Å apart at most; atomic numbers 1 to 100;
+    cells that are finite, not singular in their periodic directions, and neither flat nor longer than 1,000 Å; no two
+    atoms, periodic images included, closer than 0.1 Å.
 
     Parameters
     ----------
@@ -56,7 +57,7 @@ def check_structures(dataset: MolecularDataset) -> None:
     """
     if dataset.checked or len(dataset) == 0:
         return
-    for check in (_check_counts, _check_positions, _check_elements, _check_cells, _check_overlap):
+    for check in (_check_counts, _check_positions, _check_elements, _check_cells, _check_extents, _check_overlap):
         for first, block in blocks(dataset):
             check(block, first)
 
@@ -146,11 +147,11 @@ def _check_counts(dataset: MolecularDataset, first: int) -> None:
 
 
 def _check_positions(dataset: MolecularDataset, first: int) -> None:
-    bad = np.flatnonzero(~np.isfinite(dataset.pos).all(axis=1))
+    bad = np.flatnonzero(~(np.abs(dataset.pos) <= MAX_COORDINATE).all(axis=1))  # NaN is not, either
     if len(bad):
         index, atom = _structure_of(dataset, bad[0])
         raise DataError(
-            f"structure {first + index}: position of atom {atom} is {dataset.pos[bad[0]]}; allowed are finite numbers in Å"
+            f"structure {first + index}: position of atom {atom} is {dataset.pos[bad[0]]}; {ALLOWED_POSITIONS}"
         )
 
 
@@ -169,6 +170,20 @@ def _check_cells(dataset: MolecularDataset, first: int) -> None:
     for index in np.flatnonzero(dataset.pbc.any(axis=1)):
         try:
             check_cell(dataset.cell[index], dataset.pbc[index])
+        except DataError as error:
+            raise DataError(f"structure {first + index}: {error}") from error
+
+
+def _check_extents(dataset: MolecularDataset, first: int) -> None:
+    if not len(dataset.pos) or np.ptp(dataset.pos, axis=0).max() <= MAX_EXTENT:
+        return
+    starts = dataset.ptr[:-1]
+    extents = np.maximum.reduceat(dataset.pos, starts) - np.minimum.reduceat(dataset.pos, starts)
+    for index in np.flatnonzero((extents > MAX_EXTENT).any(axis=1)):
+        pos = dataset.pos[dataset.ptr[index] : dataset.ptr[index + 1]]
+        periodic = (None, None) if dataset.pbc is None else (dataset.cell[index], dataset.pbc[index])
+        try:
+            check_extent(pos, *periodic)
         except DataError as error:
             raise DataError(f"structure {first + index}: {error}") from error
 

@@ -1,7 +1,8 @@
 """Files of datasets: what they are (`DatasetCard`), where they come from (`fetch`), and how they are read (`read_npz`).
 
-A file that the user has is taken as it is, with a warning when it is not the official one; a file that is downloaded
-must have the official checksum. Nothing here knows what the numbers mean, and nothing is unpickled.
+A file that the user has is taken as it is, with a warning when it is not the official one; a file is downloaded over TLS
+only, and must have the official checksum. Compressed files may not hold much more than their size (`allowed_size`), archives
+are read and never unpacked. Nothing here knows what the numbers mean, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
+import math
 import os
-import shutil
 import sys
 import tarfile
 import tempfile
@@ -20,14 +22,26 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+from urllib.parse import urljoin
 
 import numpy as np
 
-from ndem_zoo.errors import DataError, DataWarning, FileFormatError
+from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError
 
 #: Environment variable with the folder for downloads.
 DATA_FOLDER_VARIABLE = "NDEM_ZOO_DATA"
+
+#: Environment variable with another number for `MAX_RATIO`; ``inf`` for no limit.
+RATIO_VARIABLE = "NDEM_ZOO_MAX_RATIO"
+
+#: Choice: what is decompressed may be so many times as large as its file (structures as text: up to 8 times, arrays: up to
+#: 40), and so many bytes in any case, since small files of zeros are harmless.
+MAX_RATIO, ALWAYS_ALLOWED = 100.0, 256 << 20
+
+#: Choice: bytes of a line of text in an archive, and of a file in an archive of many small ones; genuine ones have 100 and
+#: 3,000.
+MAX_LINE, MAX_SMALL_FILE = 1 << 16, 1 << 20
 
 #: Pitfall: figshare refuses requests that do not name a browser.
 _HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; ndem_zoo)"}
@@ -40,7 +54,8 @@ class RemoteFile:
     Attributes
     ----------
     urls
-        Mirrors, tried in this order.
+        Mirrors, tried in this order. Without TLS (``http:``), or without a checksum, nothing is downloaded: the first is then
+        where people are told to get the file.
     sha256, md5
         Official checksums, as far as they are known; None is "not known", never a guess.
     size
@@ -192,8 +207,8 @@ def fetch(
     Raises
     ------
     DataError
-        If the file is not there and cannot be downloaded, or every download had a wrong checksum; says which file to
-        put where. A download with a wrong checksum is deleted.
+        If the file is not there and cannot be downloaded: no checksum of it is known, no address has TLS, or every download
+        failed or had a wrong checksum. Says which file to put where. What was downloaded then is deleted.
     """
     remote = card.files[file]
     folder = data_folder(data_dir)
@@ -254,22 +269,45 @@ def _retrieve(url: str, remote: RemoteFile, file: str, folder: Path) -> Path:
     """Download one file; it gets its name only when its checksum is right."""
     import pooch
 
-    shows_progress = sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
-    path = pooch.retrieve(
-        url,
-        known_hash=remote.checksum,
-        fname=file,
-        path=folder,
-        downloader=pooch.HTTPDownloader(progressbar=shows_progress, headers=_HEADERS),
-    )
+    _check_tls(url)
     if remote.checksum is None:
-        warnings.warn(
-            f"no official checksum of {file} is known, so the download from {url} could not be verified; "
-            f"its sha256 is {file_digest(path)}",
-            DataWarning,
-            stacklevel=5,
-        )
-    return Path(path)
+        raise DataError("no checksum of it is known, so that a download could not be verified")
+    shows_progress = sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
+    inner = pooch.HTTPDownloader(progressbar=shows_progress, headers=_HEADERS, hooks={"response": _check_redirect})
+
+    def download(address: str, output: str, pup: object) -> None:
+        with open(output, "wb") as stream:
+            inner(address, _AtMost(stream, remote.size, file), pup)
+
+    return Path(pooch.retrieve(url, known_hash=remote.checksum, fname=file, path=folder, downloader=download))
+
+
+def _check_tls(url: str) -> None:
+    if not url.lower().startswith("https://"):
+        raise DataError(f"{url} is no https address, and files are downloaded over TLS only")
+
+
+def _check_redirect(response: Any, *_: Any, **__: Any) -> None:
+    """Raise DataError before a redirection to an address without TLS is followed; called for every answer of a server."""
+    if response.is_redirect:
+        _check_tls(urljoin(response.url, response.headers["location"]))
+
+
+class _AtMost:
+    """Passes on to a file what is written, up to so many bytes."""
+
+    def __init__(self, stream: IO, size: int | None, name: str) -> None:
+        self._stream, self._left, self._name = stream, size, name
+
+    def write(self, data: bytes) -> None:
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                raise DataError(f"{self._name} is larger than the official file")
+        self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def _from_archive(card: DatasetCard, file: str, folder: Path) -> Path:
@@ -277,22 +315,193 @@ def _from_archive(card: DatasetCard, file: str, folder: Path) -> Path:
     remote = card.files[file]
     archive = fetch(card, remote.archive, folder, warn=False)
     with tarfile.open(archive) as tar:
-        source = tar.extractfile(tar.getmember(remote.member))
-        if source is None:
-            raise FileFormatError(f"{remote.member} in {archive} is not a file")
-        with source, tempfile.NamedTemporaryFile(dir=folder, prefix=f".{file}.", delete=False) as target:
-            try:
-                shutil.copyfileobj(source, target)
-                target.flush()
-                os.fsync(target.fileno())
-                if remote.is_official(target.name) is False:
-                    raise FileFormatError(f"{remote.member} in {archive} does not have the checksum {remote.checksum}")
-                os.chmod(target.name, 0o644)  # temporary files are for the owner alone
-                os.replace(target.name, folder / file)
-            except BaseException:
-                os.unlink(target.name)
-                raise
+        member = tar.getmember(remote.member)
+        _check_member(member, archive, remote.size)
+        algorithm, _, expected = (remote.checksum or "sha256:").partition(":")
+        digest = hashlib.new(algorithm)
+        with tar.extractfile(member) as source, whole_file(folder / file) as target:
+            while chunk := source.read(1 << 20):
+                digest.update(chunk)
+                target.write(chunk)
+            if digest.hexdigest() != expected:
+                raise FileFormatError(f"{remote.member} in {archive} does not have the checksum {remote.checksum}")
     return folder / file
+
+
+# -------------------------------------------------------------------------------------------------------- compressed files
+
+
+def allowed_size(path: str | os.PathLike) -> float:
+    """Bytes that a compressed file may hold: `MAX_RATIO` times its size, and `ALWAYS_ALLOWED` in any case.
+
+    Parameters
+    ----------
+    path
+        The file. The environment variable NDEM_ZOO_MAX_RATIO replaces `MAX_RATIO`, for all files.
+
+    Raises
+    ------
+    ConfigError
+        If that variable is no number of 1 or more.
+    """
+    text = os.environ.get(RATIO_VARIABLE, "")
+    try:
+        ratio = float(text) if text else MAX_RATIO
+    except ValueError:
+        ratio = 0.0
+    if not ratio >= 1:
+        raise ConfigError(f"{RATIO_VARIABLE}={text!r}; allowed is a number of 1 or more, or inf")
+    return max(ALWAYS_ALLOWED, ratio * os.path.getsize(path))
+
+
+class Decompressed(io.RawIOBase):
+    """What a compressed file holds, up to what it may hold; for reading only.
+
+    Parameters
+    ----------
+    path
+        A file whose name ends in ``.gz``, ``.bz2`` or ``.xz``.
+
+    Raises
+    ------
+    FileFormatError
+        When more is read than `allowed_size`, or the file is damaged or cut off; names it.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        import bz2
+        import gzip
+        import lzma
+
+        openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+        self._path, self._allowed = path, allowed_size(path)
+        self._left = self._allowed
+        self._damages = (OSError, EOFError, zlib.error, lzma.LZMAError)
+        self._stream = openers[Path(path).suffix.lower()](path, "rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer of bytes; see `io.RawIOBase`."""
+        try:
+            data = self._stream.read(len(buffer))
+        except self._damages as error:
+            raise FileFormatError(_damage(self._path, error)) from error
+        self._left -= len(data)
+        if self._left < 0:
+            raise FileFormatError(
+                f"{self._path} decompresses to more than {self._allowed:,.0f} bytes, many times its size, and is not read on; "
+                f"if you trust it, set {RATIO_VARIABLE} to a larger number than {MAX_RATIO:g}"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to so many bytes, in pieces: nobody's header makes a buffer of any size."""
+        pieces: list[bytes] = []
+        while size != 0:
+            piece = super().read(1 << 20 if size < 0 else min(size, 1 << 20))
+            if not piece:
+                break
+            pieces.append(piece)
+            size -= len(piece) if size > 0 else 0
+        return b"".join(pieces)
+
+    def readall(self) -> bytes:
+        return self.read(-1)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def _damage(path: str | os.PathLike, error: BaseException) -> str:
+    kind = "".join(Path(path).suffixes[-2:]).lstrip(".")
+    return f"{path} is damaged, truncated or no {kind} file ({_one_line(error)})"
+
+
+def archived_files(stream: IO, path: str | os.PathLike, size: int | None = None) -> Iterator[tuple[str, IO]]:
+    """Names and contents of the files in a tar archive that is streamed, and never unpacked.
+
+    Parameters
+    ----------
+    stream
+        The archive, decompressed.
+    path
+        Its file, for errors.
+    size
+        Largest number of bytes of a file; None: only the stream limits them.
+
+    Raises
+    ------
+    FileFormatError
+        If the archive is damaged, or holds what an archive of data has no use for: links, devices, sparse or too large
+        files.
+    """
+    try:
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                _check_member(member, path, size)
+                yield member.name, tar.extractfile(member)
+    # Pitfall: tarfile reads sizes as it finds them; a damaged header may be any of the latter.
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, (DataError, ConfigError)):
+            raise
+        raise FileFormatError(_damage(path, error)) from error
+
+
+def _check_member(member: tarfile.TarInfo, path: str | os.PathLike, size: int | None) -> None:
+    """Raise FileFormatError unless a member of an archive is a plain file of no more than `size` bytes."""
+    if not member.isreg() or member.issparse():
+        kind = (
+            "a link" if member.islnk() or member.issym() else "a sparse file" if member.issparse() else "no plain file"
+        )
+        raise FileFormatError(f"{path}: {member.name} is {kind}; allowed in an archive of data are plain files")
+    if size is not None and member.size > size:
+        raise FileFormatError(f"{path}: {member.name} has {member.size:,} bytes; allowed are {size:,}")
+
+
+def unpacked(raw: bytes, path: str | os.PathLike) -> bytes:
+    """Content of an ``.xz`` file, or of a part of an archive, that was read from `path`.
+
+    Raises
+    ------
+    FileFormatError
+        If it is damaged or cut off, or more than `allowed_size` of the file.
+    """
+    import lzma
+
+    allowed, inflater = allowed_size(path), lzma.LZMADecompressor()
+    try:
+        most = -1 if math.isinf(allowed) else int(allowed)
+        text = inflater.decompress(raw, max_length=most)
+        if not inflater.eof and len(text) == most:
+            raise FileFormatError(
+                f"it decompresses to more than {most:,} bytes, many times its size; if you trust it, set {RATIO_VARIABLE} "
+                f"to a larger number than {MAX_RATIO:g}"
+            )
+        if not inflater.eof:
+            raise FileFormatError("it is cut off")
+    except lzma.LZMAError as error:
+        raise FileFormatError(_one_line(error)) from error
+    return text
+
+
+def lines_of(stream: IO, where: str) -> Iterator[str]:
+    """Lines of a file in an archive, as text.
+
+    Raises
+    ------
+    FileFormatError
+        If a line is longer than `MAX_LINE` bytes.
+    """
+    while line := stream.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise FileFormatError(f"{where} has a line of more than {MAX_LINE:,} bytes")
+        yield line.decode("ascii", errors="replace")
 
 
 def read_npz(path: str | os.PathLike, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, np.ndarray]:
@@ -310,13 +519,15 @@ def read_npz(path: str | os.PathLike, required: Iterable[str], optional: Iterabl
     Raises
     ------
     FileFormatError
-        If the file is truncated or no npz file, lacks a key, or holds pickled objects.
+        If the file is truncated or no npz file, lacks a key, holds pickled objects, or arrays of other sizes than it
+        says or than `allowed_size`.
     """
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise FileFormatError(f"{path} is a single array; needed is an npz archive")
         with archive:
+            _check_arrays(archive, path)
             missing = [key for key in required if key not in archive.files]
             if missing:
                 raise FileFormatError(f"{path} has no {', '.join(missing)}; it has {', '.join(archive.files)}")
@@ -324,9 +535,36 @@ def read_npz(path: str | os.PathLike, required: Iterable[str], optional: Iterabl
             return {key: archive[key] for key in wanted}
     except (FileNotFoundError, FileFormatError):
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+    except (
+        zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError, KeyError
+    ) as error:  # fmt: skip
         is_pickle = "Object arrays" in str(error)
         reason = (
             "holds pickled objects, which are never loaded" if is_pickle else "is damaged, truncated or no npz file"
         )
         raise FileFormatError(f"{path} {reason} ({_one_line(error)})") from error
+
+
+def _check_arrays(archive: np.lib.npyio.NpzFile, path: str | os.PathLike) -> None:
+    """Raise FileFormatError if arrays would be larger than the file may hold, or than its directory says they are."""
+    entries, allowed = archive.zip.infolist(), allowed_size(path)
+    total = sum(entry.file_size for entry in entries)
+    if total > allowed:
+        raise FileFormatError(
+            f"{path} decompresses to {total:,} bytes, allowed are {allowed:,.0f}; if you trust it, set {RATIO_VARIABLE} to a "
+            f"larger number than {MAX_RATIO:g}"
+        )
+    for entry in entries:
+        if not entry.filename.endswith(".npy"):
+            continue
+        with archive.zip.open(entry) as stream:
+            # Pitfall: numpy makes room for the shape that the header says, before it reads.
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(stream)
+            size = math.prod(shape) * dtype.itemsize
+            if not dtype.hasobject and size != entry.file_size - stream.tell():
+                raise FileFormatError(
+                    f"{path}: {entry.filename} has the shape {shape} of {dtype}, {size:,} bytes, and "
+                    f"{entry.file_size - stream.tell():,} bytes of data; they must agree"
+                )

@@ -19,7 +19,8 @@ import numpy as np
 from ndem_zoo.datasets.base import MolecularDataset, split_indices
 from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, find_file, read_npz
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError
-from ndem_zoo.physics import KCAL_PER_MOL
+from ndem_zoo.featurizers.base import as_numbers
+from ndem_zoo.physics import KCAL_PER_MOL, MAX_Z
 
 #: Molecules of MD17: stem of the official file name, and number of frames in the official file.
 #: Frame counts: sizes of published test sets, consistent with each other; used for a warning about subsets only.
@@ -85,7 +86,7 @@ RMD17_ADVICE = (
 
 _FIGSHARE = "https://ndownloader.figshare.com/files/{}"
 _MATERIALS_CLOUD = "https://archive.materialscloud.org/records/pfffs-fff86/files/rmd17.tar.bz2?download=1"
-_SGDML = ("https://sgdml.org/secure_proxy.php?file=data/npz/{}", "http://www.quantum-machine.org/gdml/data/npz/{}")
+_SGDML = "https://sgdml.org/secure_proxy.php?file=data/npz/{}"
 
 #: Folders below the data folder in which the files may lie, as the official archives unpack.
 _SUBFOLDERS = {
@@ -107,9 +108,9 @@ class TooManyFramesWarning(DataWarning):
 
 
 def _md17_file(stem: str) -> RemoteFile:
-    """An MD17 file; older releases were called NAME_dft.npz."""
+    """An MD17 file, which is not downloaded, since no checksum is known; older releases were called NAME_dft.npz."""
     old = stem.removeprefix("md17_") + "_dft.npz"
-    return RemoteFile(urls=tuple(url.format(f"{stem}.npz") for url in _SGDML), aliases=(old,))
+    return RemoteFile(urls=(_SGDML.format(f"{stem}.npz"),), aliases=(old,))
 
 
 def _rmd17_file(molecule: str) -> RemoteFile:
@@ -129,7 +130,7 @@ def _split_file(name: str) -> RemoteFile:
     return RemoteFile(urls=(_FIGSHARE.format(number),), md5=md5, archive="rmd17.tar.bz2", member=member)
 
 
-#: MD17. Urls: SchNetPack 2.1.1 and torch_geometric (quantum-machine.org), kgcnn (sgdml.org). No official checksum found.
+#: MD17. Url: kgcnn (sgdml.org). No official checksum found: people get the files themselves.
 MD17 = DatasetCard(
     name="MD17",
     description="Ab initio molecular dynamics at 500 K of eight small molecules; the authors' energies and forces.",
@@ -197,7 +198,8 @@ def load_md17(
     seed
         Of the split ``numpy.random.default_rng(seed).permutation``.
     data_dir
-        Folder with the file, or one above it as the official archives unpack; downloads go there too. Default: the
+        Folder with the file, or one above it as the official archives unpack; downloads (rMD17 only: for MD17 no checksums
+        are known) go there too. Default: the
         environment variable NDEM_ZOO_DATA, else the user's cache folder. A file there is used as it is, with a warning
         when it is not the official one.
     download
@@ -308,18 +310,22 @@ def read_md17(path: str | os.PathLike, revised: bool = False, name: str = "") ->
     raw = read_npz(path, keys.values(), optional=("old_indices", "md5"))
     z, pos, energy, forces = (raw[keys[column]] for column in ("z", "pos", "energy", "forces"))
     n, size = check_shapes(path, keys, z, pos, energy, forces)
+    pos, energy, forces = (
+        as_numbers(f"{path}: {keys[column]}", values, np.float64)
+        for column, values in (("pos", pos), ("energy", energy), ("forces", forces))
+    )
     for key, values in ((keys["pos"], pos), (keys["energy"], energy), (keys["forces"], forces)):
         check_finite(path, key, values)
     _check_frames(path, name, n, revised)
     _check_own_md5(path, raw, keys)
     return MolecularDataset(
         z=np.tile(z.astype(np.uint8), n),
-        pos=pos.astype(np.float64, copy=False).reshape(n * size, 3),
+        pos=pos.reshape(n * size, 3),
         ptr=np.arange(n + 1) * size,
         # The only conversion of units: everything behind this line is in eV and Å.
         targets={
-            "energy": energy.reshape(n).astype(np.float64) * KCAL_PER_MOL,
-            "forces": forces.reshape(n * size, 3).astype(np.float64) * KCAL_PER_MOL,
+            "energy": energy.reshape(n) * KCAL_PER_MOL,
+            "forces": forces.reshape(n * size, 3) * KCAL_PER_MOL,
         },
         ids=raw["old_indices"] if "old_indices" in raw and raw["old_indices"].shape == (n,) else None,
         card=RMD17 if revised else MD17,
@@ -336,6 +342,11 @@ def check_shapes(path: Any, keys: dict[str, str], z: Any, pos: Any, energy: Any,
         raise DataError(
             f"{path}: {keys['z']} has shape {z.shape} and dtype {z.dtype}; needed are integers of shape (n,)"
         )
+    if len(z) == 0:
+        raise DataError(f"{path}: {keys['z']} is empty; needed is one or more atoms")
+    bad = np.flatnonzero((z < 1) | (z > MAX_Z))
+    if len(bad):
+        raise DataError(f"{path}: atom {bad[0]} has atomic number {z[bad[0]]}; allowed are 1 to {MAX_Z}")
     if pos.ndim != 3 or pos.shape[1:] != (len(z), 3):
         raise DataError(f"{path}: {keys['pos']} has shape {pos.shape}; {len(z)} atoms need (frames, {len(z)}, 3)")
     if forces.shape != pos.shape:

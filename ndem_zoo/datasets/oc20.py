@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import lzma
 import multiprocessing
 import os
 import tarfile
@@ -26,7 +25,7 @@ from ase.data import chemical_symbols
 
 from ndem_zoo.datasets.base import MolecularDataset, split_indices
 from ndem_zoo.datasets.checks import check_structures, check_targets
-from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, read_npz
+from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, read_npz, unpacked
 from ndem_zoo.datasets.lmdb_files import LmdbRecords, numeric_order
 from ndem_zoo.datasets.oc20_formats import (
     ENERGIES,
@@ -644,8 +643,9 @@ def _archive_sources(path: Path) -> list[Source]:
     """Text files in an archive, which is not unpacked."""
     try:
         with tarfile.open(path, "r:") as archive:
-            members = {member.name: (member.offset_data, member.size) for member in archive if member.isreg()}
-    except tarfile.TarError as error:
+            plain = (member for member in archive if member.isreg() and not member.issparse())
+            members = {member.name: (member.offset_data, member.size) for member in plain}
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise FileFormatError(f"{path} is no tar archive, or damaged ({error})") from error
     sources = []
     for name in sorted((name for name in members if _kind(Path(name)) == "text"), key=lambda n: numeric_order(Path(n))):
@@ -709,8 +709,8 @@ def _text(path: Path, span: tuple[int, int] | None, name: str) -> str:
         raw = file.read() if span is None else file.read(span[1])
     is_compressed = raw[:6] == b"\xfd7zXZ\x00"
     try:
-        return (lzma.decompress(raw) if is_compressed else raw).decode("utf-8")
-    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+        return (unpacked(raw, path) if is_compressed else raw).decode("utf-8")
+    except (FileFormatError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{path}: {name} is damaged or truncated ({error})") from error
 
 

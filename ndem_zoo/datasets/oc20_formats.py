@@ -100,7 +100,7 @@ def frames_of_text(text: str, log: str | None, where: str) -> list[Frame]:
             if n < 1 or start + 2 + n > len(lines):
                 raise ValueError(f"{n} atoms are announced, {len(lines) - start - 2} lines are left")
             frames.append(_frame_of_lines(lines[start + 1], lines[start + 2 : start + 2 + n]))
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, OverflowError) as error:
             raise FileFormatError(
                 f"{where}: structure {len(frames)} cannot be read as extended XYZ ({error})"
             ) from error
@@ -129,13 +129,17 @@ def _frame_of_lines(comment: str, lines: list[str]) -> Frame:
             out[:, k] = list(map(float, words[first + k :: width]))
         return out
 
-    lattice = pairs["Lattice"].split()
+    if "Lattice" not in pairs:
+        raise ValueError("there is no Lattice")
+    lattice, pbc = pairs["Lattice"].split(), _flags(pairs.get("pbc", "T T T").split())
+    if len(pbc) != 3:
+        raise ValueError(f"pbc has {len(pbc)} flags; needed are 3")
     is_free = _flags(words[columns["move_mask"][0] :: width]) if "move_mask" in columns else None
     return Frame(
         z=np.array([atomic_numbers[symbol] for symbol in words[columns["species"][0] :: width]], dtype=np.uint8),
         pos=numbers("pos"),
         cell=np.array(lattice, dtype=np.float64).reshape(3, 3),
-        pbc=_flags(pairs.get("pbc", "T T T").split()),
+        pbc=pbc,
         energy=float(pairs["energy"]) if "energy" in pairs else None,
         forces=numbers("forces") if "forces" in columns else None,
         # Pitfall: ASE's mask says which atoms may move; ours says which may not.

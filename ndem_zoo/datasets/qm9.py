@@ -8,10 +8,8 @@ the constants of the atoms are those of the data's figshare collection (978904),
 
 from __future__ import annotations
 
-import bz2
 import difflib
 import os
-import tarfile
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,9 +22,21 @@ from ase.data import atomic_numbers
 
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.datasets.cache import open_cached
-from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, file_digest, find_file, read_npz
+from ndem_zoo.datasets.files import (
+    MAX_SMALL_FILE,
+    DatasetCard,
+    Decompressed,
+    RemoteFile,
+    archived_files,
+    data_folder,
+    fetch,
+    file_digest,
+    find_file,
+    read_npz,
+)
 from ndem_zoo.datasets.sdf import iter_sdf
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError
+from ndem_zoo.featurizers.base import as_numbers
 
 #: What can be learned, in the order of the official files, with the unit there.
 QM9_TARGETS: dict[str, str] = {
@@ -440,17 +450,10 @@ def _collect(molecules: Iterable[_Molecule], source: Path, with_smiles: bool) ->
 
 def _iter_archive(source: Path) -> Iterator[_Molecule]:
     """Molecules of the official archive, which is streamed and never unpacked."""
-    try:
-        # Choice: bz2's reader, which notices wherever an archive is cut off; tarfile alone ends quietly between members.
-        with bz2.open(source) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.isfile() else None
-                if file is not None:
-                    yield _read_xyz(file.read().decode("ascii", errors="replace"), f"{source}: {member.name}")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise FileFormatError(f"{source} is damaged, truncated or no tar.bz2 file ({error})") from error
+    # bz2's own reader notices wherever an archive is cut off; tarfile alone ends quietly between members.
+    with Decompressed(source) as stream:
+        for name, file in archived_files(stream, source, MAX_SMALL_FILE):
+            yield _read_xyz(file.read().decode("ascii", errors="replace"), f"{source}: {name}")
 
 
 def _read_xyz(text: str, where: str) -> _Molecule:
@@ -523,6 +526,10 @@ def _number(title: str, source: Path) -> int:
 def _read_flat(source: Path) -> _Raw:
     """The flat layout: atoms of all molecules one after the other."""
     raw = read_npz(source, ("id", "N", "Z", "R", *COLUMNS), ("smiles",))
+    for name in ("id", "N", "Z"):
+        if raw[name].dtype.kind not in "iu" or raw[name].ndim != 1:
+            shape, dtype = raw[name].shape, raw[name].dtype
+            raise DataError(f"{source}: {name} has shape {shape} and dtype {dtype}; needed are integers of shape (n,)")
     n, n_atoms = len(raw["id"]), len(raw["Z"])
     shapes = {"N": (n,), "Z": (n_atoms,), "R": (n_atoms, 3), **dict.fromkeys(COLUMNS, (n,))}
     for name, shape in shapes.items():
@@ -533,15 +540,15 @@ def _read_flat(source: Path) -> _Raw:
     counts = raw["N"].astype(np.int64)
     if counts.sum() != n_atoms or (counts < 1).any():
         raise DataError(f"{source}: N adds up to {counts.sum()} atoms, but Z has {n_atoms}; all must be positive")
-    columns = {name: raw[name].astype(np.float64) for name in COLUMNS}
-    z = raw["Z"].astype(np.uint8)
-    unknown = np.flatnonzero(~np.isin(z, [atomic_numbers[symbol] for symbol in _ATOMS["U0"]]))
+    columns = {name: as_numbers(f"{source}: {name}", raw[name], np.float64) for name in COLUMNS}
+    unknown = np.flatnonzero(~np.isin(raw["Z"], [atomic_numbers[symbol] for symbol in _ATOMS["U0"]]))
     if len(unknown):
         raise DataError(
             f"{source}: atom {unknown[0]} has atomic number {raw['Z'][unknown[0]]}; allowed are 1, 6, 7, 8, 9"
         )
     smiles = raw.get("smiles")
-    return _Raw(raw["id"].astype(np.int64), counts, z, raw["R"].astype(np.float64), columns, smiles)
+    pos = as_numbers(f"{source}: R", raw["R"], np.float64)
+    return _Raw(raw["id"].astype(np.int64), counts, raw["Z"].astype(np.uint8), pos, columns, smiles)
 
 
 def _check_raw(source: Path, raw: _Raw) -> None:

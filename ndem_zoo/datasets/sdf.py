@@ -13,6 +13,9 @@ from ndem_zoo.errors import FileFormatError
 
 _END = "$$$$"
 
+#: Choice: lines of an entry; the format itself counts up to 999 atoms and 999 bonds.
+MAX_LINES = 100_000
+
 
 class Entry(NamedTuple):
     """One molecule of an SD file.
@@ -53,8 +56,10 @@ def iter_sdf(lines: Iterable[str], name: str) -> Iterator[Entry]:
         if line.rstrip() == _END:
             yield _read_entry(entry, f"{name}: entry {number}")
             entry, number = [], number + 1
-        else:
-            entry.append(line)
+            continue
+        entry.append(line)
+        if len(entry) > MAX_LINES:
+            raise FileFormatError(f"{name}: entry {number} has more than {MAX_LINES:,} lines and no {_END}")
     if any(line.strip() for line in entry):
         raise FileFormatError(f"{name}: entry {number} is cut off: it has no {_END} at its end")
 

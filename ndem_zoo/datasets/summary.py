@@ -366,7 +366,7 @@ def bond_length_ratio(dataset: MolecularDataset, samples: int = 200) -> float | 
     ratios = []
     for i in chosen:
         z, pos = _part(dataset, i)
-        if len(z) < 2 or len(z) > 500 or (z >= len(covalent_radii)).any():
+        if len(z) < 2 or len(z) > 500 or ((z < 0) | (z >= len(covalent_radii))).any():
             continue
         distance = np.linalg.norm(pos[:, None] - pos[None], axis=-1)
         np.fill_diagonal(distance, np.inf)

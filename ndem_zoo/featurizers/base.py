@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ndem_zoo.errors import DataError
+from ndem_zoo.graph import into_cell
 from ndem_zoo.physics import MAX_Z
 
 if TYPE_CHECKING:
@@ -26,6 +27,13 @@ LABEL_KEYS: dict[str, tuple[str, ...]] = {
     "energy": ("energy", "REF_energy", "Energy", "ENERGY", "total_energy", "dft_energy", "DFT_energy", "E"),
     "forces": ("forces", "REF_forces", "Forces", "FORCES", "force", "dft_forces", "DFT_forces", "F"),
 }
+
+#: Choice: largest coordinate in Å, which float64 resolves to 1e-10; largest extent of a structure, and of a periodic cell
+#: vector, in Å, which float32 resolves to 6e-5; and smallest distance in Å between opposite faces of a periodic cell: of
+#: nearer ones, images of an atom overlap, or so many cells are within a cutoff that the search for them would not end.
+MAX_COORDINATE, MAX_EXTENT, MIN_HEIGHT = 1e6, 1e3, 0.1
+
+ALLOWED_POSITIONS = f"allowed are finite numbers up to {MAX_COORDINATE:g} Å"
 
 #: Choice: two labels of one structure that differ by less (relative to their size) are the same label written twice.
 SAME_LABEL = 1e-6
@@ -144,9 +152,51 @@ def as_structure(value: Any) -> Structure:
         raise DataError(f"got {type(value).__name__}; a structure is an ase.Atoms or a tuple (z, pos[, cell[, pbc]])")
     z, pos, cell, pbc = (*value, None, None)[:4]
     if cell is not None:
-        cell = np.asarray(cell, dtype=np.float64)
-        pbc = np.ones(3, dtype=bool) if pbc is None else np.asarray(pbc, dtype=bool)
-    return check_structure(Structure(np.asarray(z), np.asarray(pos, dtype=np.float64), cell, pbc))
+        cell = as_numbers("cell", cell, np.float64)
+        pbc = np.ones(3, dtype=bool) if pbc is None else as_numbers("pbc", pbc, bool)
+    return check_structure(
+        Structure(as_numbers("atomic numbers", z), as_numbers("positions", pos, np.float64), cell, pbc)
+    )
+
+
+def as_numbers(name: str, values: Any, dtype: Any = None) -> np.ndarray:
+    """`values` as an array of plain numbers; not copied when its dtype is right.
+
+    Parameters
+    ----------
+    name
+        For the error.
+    values : any shape
+        An array, or lists.
+    dtype
+        ``float64``: real numbers are taken, and nothing that numpy would make some of (text, dates, the real parts of complex
+        numbers); ``bool``: booleans, and numbers that are 0 or 1; None: the dtype that it has.
+
+    Raises
+    ------
+    DataError
+        If it is no array of such numbers, is ragged, or has masked entries.
+    """
+    try:
+        array = np.asanyarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors that numpy cannot look into
+        raise DataError(f"{name} cannot be an array: {' '.join(str(error).split())}") from error
+    if isinstance(array, np.ma.MaskedArray):
+        if np.ma.is_masked(array):
+            raise DataError(
+                f"{name} has {np.ma.count_masked(array)} masked entries; allowed are numbers for all of them"
+            )
+        array = array.data
+    if array.size == 0 and array.dtype.kind in "fiub":
+        return array.astype(np.int64 if dtype is None and array.dtype.kind == "f" else dtype or array.dtype)
+    allowed = {np.dtype(np.float64): "fiu", np.dtype(bool): "biuf"}.get(np.dtype(dtype) if dtype else None, "fiub")
+    if array.dtype.kind not in allowed:
+        wanted = f" of {np.dtype(dtype).name}" if dtype else ""
+        what = "booleans" if dtype is bool else "real numbers"
+        raise DataError(f"{name} cannot be an array{wanted}: the dtype is {array.dtype}; allowed are {what}")
+    if dtype is bool and array.dtype.kind != "b" and not np.isin(array, (0, 1)).all():
+        raise DataError(f"{name} has the values {array.tolist()}; allowed are True and False")
+    return array if dtype is None else np.asanyarray(array, dtype=dtype)
 
 
 def check_structure(structure: Structure) -> Structure:
@@ -161,16 +211,32 @@ def check_structure(structure: Structure) -> Structure:
         raise DataError("it has no atoms; allowed is one or more")
     if pos.shape != (len(z), 3):
         raise DataError(f"positions have shape {pos.shape}; {len(z)} atoms need ({len(z)}, 3)")
-    if not np.isfinite(pos).all():
-        atom = int(np.flatnonzero(~np.isfinite(pos).all(axis=1))[0])
-        raise DataError(f"position of atom {atom} is {pos[atom]}; allowed are finite numbers in Å")
+    if not (np.abs(pos) <= MAX_COORDINATE).all():  # nor is NaN
+        atom = int(np.flatnonzero(~(np.abs(pos) <= MAX_COORDINATE).all(axis=1))[0])
+        raise DataError(f"position of atom {atom} is {pos[atom]}; {ALLOWED_POSITIONS}")
     if not ((z >= 1) & (z <= MAX_Z)).all():
         atom = int(np.flatnonzero((z < 1) | (z > MAX_Z))[0])
         raise DataError(f"atom {atom} has atomic number {z[atom]}; allowed are 1 to {MAX_Z}")
     if structure.forces is not None and structure.forces.shape != pos.shape:
         raise DataError(f"forces have shape {structure.forces.shape}; {len(z)} atoms need ({len(z)}, 3)")
     check_cell(structure.cell, structure.pbc)
+    check_extent(pos, structure.cell, structure.pbc)
     return structure
+
+
+def check_extent(pos: np.ndarray, cell: np.ndarray | None, pbc: np.ndarray | None) -> None:
+    """Raise DataError if atoms at `pos` (n, 3), in Å, are so far apart that float32 cannot tell where they are.
+
+    In directions that `pbc` (3,) says are periodic, atoms may be in any image of the `cell` (3, 3).
+    """
+    extent = np.ptp(pos, axis=0).max()
+    if extent > MAX_EXTENT and cell is not None and pbc is not None and np.any(pbc):
+        extent = np.ptp(into_cell(pos, cell, pbc), axis=0).max()
+    if extent > MAX_EXTENT:
+        raise DataError(
+            f"the structure extends over {extent:.4g} Å; allowed are {MAX_EXTENT:g} Å (atoms that are so far apart do not "
+            "interact: make them structures of their own)"
+        )
 
 
 def check_cell(cell: np.ndarray | None, pbc: np.ndarray | None) -> None:
@@ -181,10 +247,19 @@ def check_cell(cell: np.ndarray | None, pbc: np.ndarray | None) -> None:
         raise DataError(f"cell has shape {np.shape(cell)} and pbc {np.shape(pbc)}; needed are (3, 3) and (3,)")
     if not np.isfinite(cell).all():
         raise DataError(f"the cell {np.asarray(cell).tolist()} is not finite")
+    rows = np.asarray(cell, dtype=np.float64)[np.asarray(pbc, dtype=bool)]
+    if np.abs(rows).max() > MAX_EXTENT or np.linalg.norm(rows, axis=1).max() > MAX_EXTENT:
+        raise DataError(f"the cell {np.asarray(cell).tolist()} has periodic vectors longer than {MAX_EXTENT:g} Å")
     if is_singular(cell, pbc):
         raise DataError(
             f"the cell {np.asarray(cell).tolist()} is singular in its periodic directions pbc={np.asarray(pbc).tolist()}; "
             "periodic cell vectors must be linearly independent"
+        )
+    heights = 1.0 / np.linalg.norm(np.linalg.pinv(rows), axis=0)
+    if heights.min() < MIN_HEIGHT:
+        raise DataError(
+            f"the cell {np.asarray(cell).tolist()} has opposite faces {heights.min():.3g} Å apart in its periodic directions; "
+            f"allowed is {MIN_HEIGHT} Å or more (another unit of length, or a cell to reduce: ase.geometry.minkowski_reduce)"
         )
 
 
@@ -194,6 +269,17 @@ def is_singular(cell: np.ndarray, pbc: np.ndarray) -> bool:
     gram = rows @ rows.T
     # Choice: 1e-10 is the square of an angle of 1e-5 rad between vectors.
     return bool(np.linalg.det(gram) <= 1e-10 * np.prod(np.diagonal(gram)))
+
+
+def geometry_of(atoms: Atoms) -> Structure:
+    """Elements, positions and, if it is periodic, cell of `ase.Atoms`; neither labels nor constraints."""
+    is_periodic = bool(np.any(atoms.pbc))
+    return Structure(
+        z=np.asarray(atoms.numbers, dtype=np.int64),
+        pos=np.array(atoms.positions, dtype=np.float64),
+        cell=np.array(atoms.cell.array, dtype=np.float64) if is_periodic else None,
+        pbc=np.array(atoms.pbc, dtype=bool) if is_periodic else None,
+    )
 
 
 def read_atoms(atoms: Atoms, energy_key: str | None = None, forces_key: str | None = None) -> Structure:

@@ -486,7 +486,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 action = self.unknown_elements if name == "validation" else "error"
                 check_known_elements(columns.z, columns.ptr, known, action)
             except DataError as error:
-                raise DataError(f"{name} set, {error}") from error
+                raise type(error)(f"{name} set, {error}") from error
             checked.append(columns.with_targets([]) if pretraining else columns)
         return checked[0], checked[1]
 

@@ -19,6 +19,7 @@ from ase.data import atomic_numbers
 from torch import Tensor
 
 from ndem_zoo.datasets.base import MolecularDataset
+from ndem_zoo.datasets.checks import check_structures
 from ndem_zoo.errors import DataError
 from ndem_zoo.graph import PER_ATOM, Batch, within
 from ndem_zoo.optional import require
@@ -69,7 +70,7 @@ def write_ase_db(
     Raises
     ------
     DataError
-        If the file exists or its name does not end in ``.db``, or `names` or `units` speak of a target that is not there.
+        If the file exists or its name does not end in ``.db``, a structure cannot be used, or `names` or `units` speak of a target that is not there.
 
     Notes
     -----
@@ -80,6 +81,7 @@ def write_ase_db(
     if path.suffix != ".db" or path.exists():
         problem = "exists already" if path.exists() else "does not end in .db, as SchNetPack wants it"
         raise DataError(f"{path}: {problem}")
+    check_structures(dataset)
     names, units = dict(names or {}), dict(units or {})
     for given in (names, units):
         for target in given.keys() - dataset.targets.keys():

@@ -6,7 +6,8 @@ As scikit-learn ships `check_estimator`, so that a class written elsewhere is he
 >>> check_backbone("torchmd_net")
 
 Each check is a list of probes, small functions that raise AssertionError with the numbers; to see them one by one in
-pytest, parametrize over the list (tests/test_contracts.py does).
+pytest, parametrize over the list (tests/test_contracts.py does). For tests of your own there are Hypothesis strategies,
+`structures` and `bad_structures`.
 """
 
 from ndem_zoo.testing.backbones import BACKBONE_PROBES, BackboneCase, check_backbone, golden_numbers
@@ -21,16 +22,21 @@ from ndem_zoo.testing.objectives import (
     harmonic_case,
     objective_probes,
 )
+from ndem_zoo.testing.structures import FLAWS, FORMS, RawStructure, bad_structures, structures
 
 __all__ = [
     "BACKBONE_PROBES",
     "DATASET_PROBES",
+    "FLAWS",
+    "FORMS",
     "NDEM_PROBES",
     "OBJECTIVE_PROBES",
     "BackboneCase",
     "DatasetCase",
     "HarmonicBackbone",
     "ObjectiveCase",
+    "RawStructure",
+    "bad_structures",
     "batch_of",
     "check_backbone",
     "check_dataset",
@@ -39,5 +45,6 @@ __all__ = [
     "golden_numbers",
     "harmonic_case",
     "objective_probes",
+    "structures",
     "waves",
 ]
