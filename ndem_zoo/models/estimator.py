@@ -25,6 +25,7 @@ from ndem_zoo._version import __version__
 from ndem_zoo.card import model_card
 from ndem_zoo.datasets.base import MolecularDataset, as_dataset
 from ndem_zoo.datasets.checks import blocks, check_structures, check_targets, root_mean_square
+from ndem_zoo.distributed import is_first, own_gpu
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError, NotFittedError
 from ndem_zoo.forcefields.base import ForceField, make_force_field
 from ndem_zoo.history import read_history, write_history
@@ -101,7 +102,7 @@ class NDeMModel(BaseEstimator):
         ``"32-true"``, ``"64-true"`` or ``"bf16-mixed"``; see `ndem_zoo.training.TrainSettings`.
     seed : int
         Of weights, order of the data, and noise.
-    batch_size, eval_batch_size, max_atoms, bucket, lr, weight_decay, warmup_steps, warmup_factor, schedule, plateau_factor, plateau_patience, min_lr, \
+    batch_size, eval_batch_size, max_atoms, accumulate, bucket, lr, weight_decay, warmup_steps, warmup_factor, schedule, plateau_factor, plateau_patience, min_lr, \
 clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         See `ndem_zoo.training.TrainSettings`. With `max_atoms` and no `batch_size`, only atoms are counted.
     prefetch : bool, optional
@@ -161,6 +162,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         batch_size: int | None = None,
         eval_batch_size: int | None = None,
         max_atoms: int | None = None,
+        accumulate: int = 1,
         bucket: bool | None = None,
         lr: float | None = None,
         weight_decay: float | None = None,
@@ -201,6 +203,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.max_atoms = max_atoms
+        self.accumulate = accumulate
         self.bucket = bucket
         self.lr = lr
         self.weight_decay = weight_decay
@@ -238,6 +241,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         resume: bool = False,
         tensorboard: bool = False,
         callback: Callable[[dict[str, float]], None] | None = None,
+        devices: int | str = 1,
+        nodes: int = 1,
     ) -> NDeMModel:
         """Train anew.
 
@@ -266,6 +271,10 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             Also write TensorBoard files into `checkpoint_dir`.
         callback
             Called with every row of the history.
+        devices, nodes
+            How many devices (``"auto"``: all that were started) of how many machines train together. Every process, started
+            by ``torchrun`` or SLURM, runs the same script and ends with the same model; the first one writes files and calls
+            `callback`. `batch_size` and `max_atoms` are those of all devices together: the steps are the same on any number.
 
         Returns
         -------
@@ -276,9 +285,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         DataError
             If a structure or label cannot be used; names its index. Nothing is written then.
         ConfigError
-            If an option is not allowed.
+            If an option is not allowed, or not as many processes were started as `devices` and `nodes` say.
         TrainingError
-            If the training diverges.
+            If the training diverges, or if one of several processes is gone.
         """
         limits = {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time}
         return self._train_anew(
@@ -292,6 +301,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             resume=resume,
             tensorboard=tensorboard,
             callback=callback,
+            devices=devices,
+            nodes=nodes,
         )
 
     def pretrain(
@@ -309,6 +320,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         resume: bool = False,
         tensorboard: bool = False,
         callback: Callable[[dict[str, float]], None] | None = None,
+        devices: int | str = 1,
+        nodes: int = 1,
     ) -> NDeMModel:
         """Train the backbone on structures without labels, by the auxiliary term of the objective alone.
 
@@ -320,7 +333,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         dataset, valid
             Structures in any form that `fit` takes. With validation data, the weights with the smallest auxiliary term on
             them are kept, noise head included; the noise on them is always the same.
-        nb_epoch, max_steps, max_time, init_from, init_partial, checkpoint_dir, checkpoint_every, resume, tensorboard, callback
+        nb_epoch, max_steps, max_time, init_from, init_partial, checkpoint_dir, checkpoint_every, resume, tensorboard, \
+callback, devices, nodes
             As for `fit`.
 
         Returns
@@ -352,6 +366,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             resume=resume,
             tensorboard=tensorboard,
             callback=callback,
+            devices=devices,
+            nodes=nodes,
         )
 
     def _train_anew(
@@ -505,7 +521,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 raise ConfigError(f"forces={self.forces!r} with target={merged['target']!r}: only an energy has forces")
             merged["forces"] = "none"
         settings = {name: merged[name] for name in _SETTINGS if name in merged}
-        settings |= {"precision": self.precision, "seed": self.seed, "prefetch": self.prefetch}
+        settings |= {name: getattr(self, name) for name in ("precision", "seed", "prefetch", "accumulate")}
         if self.max_atoms is not None and self.batch_size is None:
             settings["batch_size"] = None
         if self.nb_epoch is not None or self.max_steps is not None:
@@ -795,7 +811,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         """Write the fitted model into a folder: ``config.json``, ``weights.safetensors``, ``history.csv``, ``card.md``.
 
         Nothing is pickled. The folder appears whole or not at all; one that is there already is replaced if it holds a
-        model and nothing else, and refused otherwise.
+        model and nothing else, and refused otherwise. Where processes have trained together, the first one writes, and the
+        call does nothing in the others.
 
         Raises
         ------
@@ -805,6 +822,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             If `path` is a file, or a folder with other content.
         """
         potential, path = self._weights(), Path(path)
+        if not is_first():
+            return
         present = {item.name for item in path.iterdir()} if path.is_dir() else set()
         if present and not ("config.json" in present and present <= _MODEL_FILES):
             other = ", ".join(sorted(present - _MODEL_FILES)) or "no config.json"
@@ -953,15 +972,17 @@ def _check_table(dataset: MolecularDataset, backbone: Backbone) -> None:
 
 
 def torch_device(name: str) -> torch.device:
-    """``"auto"`` is CUDA where there is one, else the CPU.
+    """``"auto"`` is CUDA where there is one, else the CPU; ``"cuda"``, where processes train together, one GPU for each.
 
     Raises
     ------
     ConfigError
         If CUDA is asked for and there is none, or the name is unknown.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return own_gpu()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     allowed = "allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ..."
     try:
         device = torch.device(name)
