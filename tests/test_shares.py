@@ -8,6 +8,7 @@ import torch
 
 from ndem_zoo import registry
 from ndem_zoo.datasets.base import MolecularDataset
+from ndem_zoo.datasets.store import open_store
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.models.torchmd_net import NDeMTorchMDNet, TorchMDNet
@@ -24,20 +25,12 @@ INDICES = np.array([6, 0, 3, 7, 1, 4, 2])
 @pytest.fixture(scope="module")
 def mixed(ethanol, aspirin) -> MolecularDataset:
     """Four frames of ethanol and four of aspirin, by turns; a few atoms are fixed, of one structure all but one."""
-    parts = [(ethanol if k % 2 == 0 else aspirin)[k : k + 1] for k in range(8)]
-    counts = [len(part.z) for part in parts]
-    fixed = np.random.default_rng(0).random(sum(counts)) < 0.2
+    parts = MolecularDataset.concatenate([(ethanol if k % 2 == 0 else aspirin)[k : k + 1] for k in range(8)])
+    rng = np.random.default_rng(0)
+    fixed = rng.random(len(parts.z)) < 0.2
     fixed[1:9] = True
-    return MolecularDataset(
-        np.concatenate([part.z for part in parts]),
-        np.concatenate([part.pos for part in parts]),
-        np.concatenate([[0], np.cumsum(counts)]),
-        targets={
-            name: np.concatenate([part.targets[name] for part in parts]) - (name == "energy") * 1e4
-            for name in ("energy", "forces")
-        },
-        fixed=fixed,
-    )
+    targets = parts.targets | {"energy": rng.normal(size=8)}
+    return MolecularDataset(**parts.columns() | {"targets": targets, "fixed": fixed})
 
 
 def step(dataset, name: str, options: dict, accumulate: int, weight: float = 1.0) -> tuple[dict, dict]:
@@ -164,9 +157,10 @@ def test_shares_are_balanced(number):
     assert max(loads) <= 4 / 3 * best + 1e-9, "Graham's bound"
 
 
-def test_a_share_of_a_selection_has_the_selected_structures(mixed):
+def test_a_share_of_a_selection_has_the_selected_structures(mixed, tmp_path):
     """A part of a store knows where its rows are; shares must ask there, too."""
-    part = mixed.select([7, 2, 5])
+    mixed.save(tmp_path / "store")
+    part = open_store(tmp_path / "store").select([7, 2, 5])
     whole, counts = Collator(part, 5.0).skeleton(np.array([2, 0]))
     assert counts.tolist() == part.counts[[2, 0]].tolist()
     assert whole.n_atoms.tolist() == counts.tolist()
