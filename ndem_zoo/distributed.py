@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ndem_zoo.errors import ConfigError, TrainingError
 from ndem_zoo.objectives.base import check_whole
 
 if TYPE_CHECKING:
-    import numpy as np
     from lightning_fabric import Fabric
 
 #: Choice: a process that has not answered for so long is taken for dead. Nothing between two steps may take longer on one of
@@ -196,7 +197,7 @@ class Peers:
         """Which of `number` things are for this process: every `size`-th."""
         return range(self.rank, number, self.size)
 
-    def add_up(self, values: np.ndarray) -> None:
+    def add_up(self, values: Float[np.ndarray, "..."]) -> None:
         """Replace an array, float64 and contiguous, by the sum of those of all processes."""
         self._reduce(torch.from_numpy(values), "SUM")
 

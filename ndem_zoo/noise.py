@@ -145,9 +145,16 @@ def draw_mask(batch: Batch, rng: torch.Generator, ratio: float) -> Bool[Tensor, 
 
 
 def for_structures(batch: Batch, rng: torch.Generator, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-    """What `draw` draws for a number of structures, a row for each of the batch's.
+    """What is drawn for structures: a row for each, (S, ...); of a share of a batch, its part of what the whole batch gets.
 
-    Of a share of a batch: its part of what is drawn for the whole batch.
+    Parameters
+    ----------
+    batch
+        The structures.
+    rng
+        Source of randomness, on the batch's device.
+    draw
+        Draws (n, ...) for n structures from a generator.
     """
     if isinstance(rng, ShareRng):
         return draw(rng.cut.whole.n_systems, rng.common).index_select(0, rng.cut.structures)

@@ -253,7 +253,7 @@ class Collator:
         if known is not None:
             structures = torch.from_numpy(indices)
             pos = self._rows(self._pos, True, structures, structures).to(self.dtype)
-            return known.replace(pos=self.move(pos), **self._gather(structures, structures))
+            return known.replace(pos=self._move(pos), **self._gather(structures, structures))
         atoms, counts = atom_indices(self.dataset.ptr, indices)
         batch = self._assemble(indices, atoms, counts)
         if self._size:
@@ -275,6 +275,10 @@ class Collator:
         system = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
         whole = bare.replace(system=system, n_systems=len(counts), cell=bare.cell[: len(counts)])
         return self._placed(whole), counts
+
+    def place(self, rows: Int[np.ndarray, " M"]) -> Int[Tensor, " M"]:
+        """Numbers of rows on the device; without waiting."""
+        return self._move(torch.from_numpy(rows))
 
     def _placed(self, batch: Batch) -> Batch:
         """A batch on the device."""
@@ -312,7 +316,7 @@ class Collator:
         per_atom = self.dataset.per_atom
         return {
             kind: {
-                name: self.move(self._rows(column, name in per_atom, structures, atoms))
+                name: self._move(self._rows(column, name in per_atom, structures, atoms))
                 for name, column in columns.items()
             }
             for kind, columns in self._labels.items()
@@ -324,7 +328,7 @@ class Collator:
             return column.index_select(0, structures).flatten(0, 1)
         return column.index_select(0, atoms if is_per_atom else structures)
 
-    def move(self, tensor: Tensor) -> Tensor:
+    def _move(self, tensor: Tensor) -> Tensor:
         """To the device; without waiting, from page-locked memory."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 

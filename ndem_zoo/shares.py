@@ -121,7 +121,7 @@ class Cutter:
         self.device = collate.device
 
     def __call__(self, indices: Int[np.ndarray, " B"]) -> Shares:
-        """Shares of the step with these structures; only the rows of these shares are read, labels and all."""
+        """Shares of the step with these structures; of the others neither positions nor labels are read."""
         if self.number == 1:
             return Shares([Share(self.collate(indices))])
         whole, counts = self.collate.skeleton(indices)
@@ -134,7 +134,7 @@ class Cutter:
         is_empty = len(rows) == 0
         rows = np.zeros(1, dtype=np.int64) if is_empty else rows
         atoms, _ = atom_indices(ptr, rows)
-        places = (self.collate.move(torch.from_numpy(place)) for place in (rows, atoms))
+        places = (self.collate.place(column) for column in (rows, atoms))
         return Share(self.collate(np.asarray(indices)[rows]), Cut(whole, *places, number, is_empty))
 
 

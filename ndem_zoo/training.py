@@ -691,7 +691,7 @@ def denoising_metrics(
         numbers = own or range(1)
         with torch.no_grad(), contextlib.closing(load(collate, [order[number] for number in numbers])) as batches:
             for number, batch in zip(numbers, batches, strict=True):
-                rng.manual_seed(step_seed(0, number))
+                rng.manual_seed(number)  # whoever computes the batch
                 count = len(batch.z) if own else 0  # terms are means over atoms
                 for name, term in step.objective(potential, batch, rng).items():
                     sums[name] = sums.get(name, 0.0) + term.double() * count
