@@ -8,6 +8,7 @@ pickled objects. What is computed is known to `training`.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import sys
@@ -148,11 +149,11 @@ def make_fabric(device: torch.device, devices: int, nodes: int) -> Fabric:
         single = [device.index or 0] if device.type == "cuda" else 1
         return Fabric(accelerator=accelerator, devices=single, plugins=LightningEnvironment())
     environment = SLURMEnvironment() if place().starter == "slurm" else TorchElasticEnvironment()
-    strategy = DDPStrategy(
-        timeout=PATIENCE,
-        find_unused_parameters=True,  # a head may have no term now, when its weight is 0 or nothing was moved
-        broadcast_buffers=False,  # nothing in a step changes them
-    )
+    # Nothing in a step changes buffers; the option has another name from torch 2.13 on.
+    known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+    keep = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # A head has no gradient while its term has the weight 0.
+    strategy = DDPStrategy(timeout=PATIENCE, find_unused_parameters=True, **{keep: False})
     options = {"devices": devices, "num_nodes": nodes, "strategy": strategy, "plugins": environment}
     log = logging.getLogger("lightning_fabric")  # which greets every process
     before = log.level
@@ -301,9 +302,9 @@ def launch(devices: int, arguments: Sequence[str]) -> int:
     )
     # Processes that share the cores of a machine, and each take all of them, wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # the processes themselves say what is wrong
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP warns that all parameters are in use
+    # What is wrong, the processes say themselves.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-m", "ndem_zoo.cli", *arguments)
     except ChildFailedError as error:

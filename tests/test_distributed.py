@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def environment(**variables: object) -> dict[str, str]:
-    shared = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    shared = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return os.environ | shared | {name: str(value) for name, value in variables.items()}
 
 

@@ -51,7 +51,7 @@ def step(dataset, name: str, options: dict, accumulate: int, weight: float = 1.0
         terms = run.forward(share)
         run.backward(sum(terms.values()))
         for key, term in terms.items():
-            totals[key] = totals.get(key, 0.0) + float(term)
+            totals[key] = totals.get(key, 0.0) + term.item()
     return totals, {key: p.grad for key, p in run.module.named_parameters() if p.grad is not None}
 
 
