@@ -161,7 +161,7 @@ def step_times(
                 begin = time.perf_counter()
                 if device.type == "cuda" and i == 2 and not may_wait:
                     torch.cuda.set_sync_debug_mode("error")
-                run.one_step(run.collate(indices))
+                run.one_step(run.shares(indices))
                 if device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
                     torch.cuda.synchronize()

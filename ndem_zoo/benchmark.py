@@ -24,11 +24,11 @@ from ndem_zoo.inference import predict_columns
 from ndem_zoo.models.estimator import check_known_elements, torch_device
 from ndem_zoo.runs import environment
 from ndem_zoo.sampling import Collator, load, size_batches
+from ndem_zoo.shares import Share
 from ndem_zoo.training import Run, TrainSettings, check_whole
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
-    from ndem_zoo.graph import Batch
     from ndem_zoo.models.estimator import NDeMModel
     from ndem_zoo.models.potential import Potential
 
@@ -81,9 +81,9 @@ class TimedRun(Run):
 
     watch: Watch
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, share: Share) -> dict[str, Tensor]:
         """See `Run.forward`."""
-        terms = super().forward(batch)
+        terms = super().forward(share)
         self.watch.mark("forward")
         return terms
 
@@ -186,11 +186,11 @@ def _training(run: TimedRun, steps: int, rounds: int) -> dict[str, Any]:
             watch.start()
             begin = time.perf_counter()
             for _ in range(steps):
-                batch = next(batches)
+                shares = next(batches)
                 watch.mark("data")
-                run.one_step(batch)
+                run.one_step(shares)
                 watch.mark("rest")
-                structures += batch.n_systems
+                structures += sum(share.batch.n_systems for share in shares)
             stages = watch.seconds()
             found.append((time.perf_counter() - begin, steps, structures, stages))
     return _figures(found[1:]) | {"batch_size": run.settings.batch_size, "peak_memory_MB": _peak(device)}

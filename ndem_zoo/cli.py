@@ -13,6 +13,7 @@ The commands themselves are in `commands.py`; what they do is in `runs.py`. Noth
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -59,7 +60,8 @@ def run(arguments: Sequence[str]) -> int:
 
         return app([word for word in arguments if word != "--debug"], prog_name="ndem-zoo", standalone_mode=False)
 
-    return guarded(call, "ndem-zoo", debug="--debug" in arguments)
+    rank = os.environ.get("RANK", "0")  # of several processes that train together; all of them write to one terminal
+    return guarded(call, "ndem-zoo" if rank == "0" else f"ndem-zoo[{rank}]", debug="--debug" in arguments)
 
 
 def guarded(call: Callable[[], Any], program: str, debug: bool = False) -> int:

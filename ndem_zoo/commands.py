@@ -58,6 +58,13 @@ def _duration(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is no duration; write seconds, or 15m, 2h, 1d") from None
 
 
+def _devices(text: str | int) -> int | str:
+    """A count, or ``auto``; typer also asks for the default."""
+    if text == "auto" or str(text).isdigit():
+        return text if text == "auto" else int(text)
+    raise typer.BadParameter(f"{text!r} is no number of devices; write a count, or auto")
+
+
 _SOURCES = (
     f"FILE.extxyz, folder of a store, md17:ethanol, rmd17:aspirin, sample:ethanol ({', '.join(registry.DATASETS)})"
 )
@@ -138,6 +145,13 @@ def train(
         bool, typer.Option("--pretrain", help="Learn the objective's denoising alone, on structures without labels.")
     ] = False,
     device: Device = None,
+    devices: Annotated[
+        Any,
+        typer.Option(
+            parser=_devices, metavar="N", help="Devices of each machine that train together, or auto: all GPUs."
+        ),
+    ] = 1,
+    nodes: Annotated[int, typer.Option(help="Machines; torchrun or srun has to start the command on each.")] = 1,
     precision: Annotated[str | None, typer.Option(help="32-true, 64-true or bf16-mixed.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the training in --out, if there is one.")] = False,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
@@ -151,9 +165,10 @@ def train(
 ) -> None:
     """Train a model into a folder.
 
-    The folder gets the model, its history, its errors on validation and test data, the split, and plots.
+    The folder gets the model, its history, its errors on validation and test data, the split, and plots. With --devices, one
+    process is started for each device; batch_size is that of all of them together.
     """
-    from ndem_zoo import runs
+    from ndem_zoo import distributed, runs
 
     keywords = {
         "preset": preset,
@@ -169,8 +184,12 @@ def train(
     sizes = {"n_train": n_train, "n_valid": n_valid, "n_test": n_test, "split": split, "seed": seed}
     reading = runs.Reading(data_dir, not no_download, energy_key, forces_key)
     splits = runs.open_splits(data, valid, reading, **sizes)
+    to_start = distributed.to_start(devices, nodes, device)
+    if to_start:  # only now: what is wrong with settings or data is said once, and what has to be downloaded is there
+        raise typer.Exit(distributed.launch(to_start, sys.argv[1:]))
     parts = ", ".join(f"{len(part)} for {name}" for name, part in splits.parts().items())
-    print(f"data: {splits.train.name}, {parts}", file=sys.stderr)
+    if distributed.is_first_of(devices, nodes):
+        print(f"data: {splits.train.name}, {parts}", file=sys.stderr)
     record = runs.train_run(
         estimator,
         splits,
@@ -184,8 +203,12 @@ def train(
         init_from=init_from if init_from is None or init_from.is_file() else runs.model_folder(init_from),
         init_partial=init_partial,
         pretrain=pretrain,
+        devices=devices,
+        nodes=nodes,
         command=shlex.join(["ndem-zoo", *sys.argv[1:]]),
     )
+    if not distributed.is_first():
+        return
     if estimator.init_report_ is not None:
         print(estimator.init_report_)
     training = record["training"]

@@ -13,10 +13,15 @@ from ndem_zoo.sampling import Collator, atom_indices, load, size_batches
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
+    from ndem_zoo.distributed import Peers
 
 
 def predict_columns(
-    potential: Potential, dataset: MolecularDataset, batch_size: int, need_forces: bool = True
+    potential: Potential,
+    dataset: MolecularDataset,
+    batch_size: int,
+    need_forces: bool = True,
+    peers: Peers | None = None,
 ) -> dict[str, np.ndarray]:
     """Predictions for every structure, in the dataset's order.
 
@@ -31,6 +36,9 @@ def predict_columns(
         on atoms and edges (`sampling.size_batches`): one large structure among many small ones goes alone.
     need_forces
         False skips the forces.
+    peers
+        Processes with the same weights and structures, each of which predicts a part of the batches and gets all; all of
+        them make the same call.
 
     Returns
     -------
@@ -40,10 +48,12 @@ def predict_columns(
     """
     parameter = next(potential.parameters())
     cutoff = potential.backbone.cutoff
-    columns = {potential.target: np.empty(len(dataset))}
+    columns = {potential.target: np.zeros(len(dataset))}
     if potential.force_mode != "none" and need_forces:
-        columns["forces"] = np.empty((len(dataset.z), 3))
+        columns["forces"] = np.zeros((len(dataset.z), 3))
     order = size_batches(dataset, batch_size, cutoff, nearest=potential.backbone.nearest)
+    if peers is not None:
+        order = [order[number] for number in peers.part(len(order))]
     place = {"nearest": potential.backbone.nearest, "device": parameter.device}
     collate = Collator(dataset, cutoff, parameter.dtype, with_targets=False, **place)
     was_training = potential.training
@@ -58,4 +68,7 @@ def predict_columns(
                     columns["forces"][atoms] = prediction.forces.double().cpu().numpy()
     finally:
         potential.train(was_training)
+    if peers is not None:
+        for column in columns.values():
+            peers.add_up(column)  # what others predict is 0 here
     return columns

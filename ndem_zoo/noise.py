@@ -8,6 +8,7 @@ knows what a network should make of the noise; that is an objective's matter. Wh
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from ndem_zoo.errors import ConfigError
 from ndem_zoo.featurizers.terms import HINGES_PER_WORD
 from ndem_zoo.graph import Batch, displace, mean_over_atoms, sum_over_atoms
 from ndem_zoo.physics import safe_norm
+from ndem_zoo.shares import ShareRng
 
 SigmaSample = Literal["loguniform", "uniform"]
 SigmaPer = Literal["structure", "batch"]
@@ -97,7 +99,11 @@ def gaussian(
     probability: float = 1.0,
     probability_per: SigmaPer = "structure",
 ) -> Noise:
-    """The noise of `masked_gaussian`, sigma in Å, without moving anything."""
+    """The noise of `masked_gaussian`, sigma in Å, without moving anything; of a share of a batch: its part of the batch's."""
+    if isinstance(rng, ShareRng):
+        how = {"sample": sample, "per": per, "probability": probability, "probability_per": probability_per}
+        noise = gaussian(rng.cut.whole, rng.common, sigma=sigma, ratio=ratio, **how)
+        return Noise(*(rows.index_select(0, rng.cut.atoms) for rows in noise))
     sigmas = draw_sigma(batch, rng, sigma, sample, per)
     mask = draw_mask(batch, rng, ratio)
     if probability < 1:
@@ -136,6 +142,23 @@ def draw_mask(batch: Batch, rng: torch.Generator, ratio: float) -> Bool[Tensor, 
     high = _extreme(draw.masked_fill(batch.fixed, -1.0), batch, "amax")
     mask = ((draw < ratio) & (draw != high)) | (draw == low)
     return mask & ~batch.fixed
+
+
+def for_structures(batch: Batch, rng: torch.Generator, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+    """What is drawn for structures: a row for each, (S, ...); of a share of a batch, its part of what the whole batch gets.
+
+    Parameters
+    ----------
+    batch
+        The structures.
+    rng
+        Source of randomness, on the batch's device.
+    draw
+        Draws (n, ...) for n structures from a generator.
+    """
+    if isinstance(rng, ShareRng):
+        return draw(rng.cut.whole.n_systems, rng.common).index_select(0, rng.cut.structures)
+    return draw(batch.n_systems, rng)
 
 
 def _extreme(values: Tensor, batch: Batch, reduce: str) -> Float[Tensor, " N"]:
@@ -201,8 +224,8 @@ def internal_displacement(batch: Batch, rng: torch.Generator, sigmas: InternalSi
     only_rotors = not (sigmas.bond or sigmas.bend or sigmas.torsion)
     number = min(extras["rotors"].shape[1], extras["hinges"].shape[1]) if only_rotors else extras["hinges"].shape[1]
     scale = [math.radians(sigmas.rotor), math.radians(sigmas.bend), math.radians(sigmas.torsion), sigmas.bond]
-    shape = (batch.n_systems, number, 4)
-    draws = torch.randn(shape, generator=rng, device=batch.pos.device, dtype=batch.pos.dtype)
+    place = {"device": batch.pos.device, "dtype": batch.pos.dtype}
+    draws = for_structures(batch, rng, lambda n, source: torch.randn((n, number, 4), generator=source, **place))
     # Numbers, not a tensor of them: copying one to a GPU would wait for it.
     draws = torch.stack([draws[..., kind] * sigma for kind, sigma in enumerate(scale)], dim=-1)
     pos = batch.pos

@@ -363,6 +363,8 @@ def train_run(
     init_from: str | os.PathLike | None = None,
     init_partial: bool = False,
     pretrain: bool = False,
+    devices: int | str = 1,
+    nodes: int = 1,
     command: str = "",
 ) -> dict[str, Any]:
     """Train a model and leave everything about it in a folder.
@@ -380,8 +382,8 @@ def train_run(
         Data.
     out
         The folder.
-    nb_epoch, max_steps, max_time, checkpoint_every, resume, tensorboard, init_from, init_partial
-        See `NDeMModel.fit`.
+    nb_epoch, max_steps, max_time, checkpoint_every, resume, tensorboard, init_from, init_partial, devices, nodes
+        See `NDeMModel.fit`. Of several processes the first one writes the files, and predicts what is in them.
     pretrain
         Whether to pre-train (`NDeMModel.pretrain`): the data need no labels, and there are no errors to write.
     command
@@ -390,7 +392,8 @@ def train_run(
     Returns
     -------
     record : dict
-        Settings, numbers of steps and seconds, errors on validation and test data and their units, versions.
+        Settings, numbers of steps and seconds, versions; in the first process also errors on validation and test data, and
+        their units.
 
     Raises
     ------
@@ -400,6 +403,8 @@ def train_run(
         If Ctrl-C came before the first step. Later, the training ends, everything is written, and
         ``record["training"]["interrupted"]`` is True.
     """
+    from ndem_zoo.distributed import is_first
+
     out = Path(out)
     if not resume and ((out / "model").exists() or files.checkpoints(out)):
         raise ConfigError(f"{out} holds a training already: choose another folder, or resume to continue it")
@@ -415,9 +420,13 @@ def train_run(
         checkpoint_every=checkpoint_every,
         resume=resume,
         tensorboard=tensorboard,
+        devices=devices,
+        nodes=nodes,
     )
     if not model.history_:
         raise KeyboardInterrupt
+    if not is_first():
+        return run_record(model, splits, command)
     model.provenance_["command"] = command or None
     model.save(out / "model")
     files.save_json(out / "split.json", splits.record())

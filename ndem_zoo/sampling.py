@@ -25,6 +25,7 @@ from ndem_zoo.graph import ALL_PAIRS_UP_TO, Batch, Nearest, make_batch
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
+    from ndem_zoo.shares import Cutter
 
 #: Choice: structures whose numbers of atoms differ by less than a factor 2^(1/4) = 1.19 are in one bucket.
 BUCKETS_PER_DOUBLING = 4
@@ -178,9 +179,12 @@ def expected_edges(dataset: MolecularDataset, cutoff: float, nearest: Nearest | 
     return counts * np.where(~periodic & (counts <= ALL_PAIRS_UP_TO), others, neighbors)
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A 64-bit seed for the randomness of one step, from (seed, step): the resumed run draws what the first one did."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, step: int, *more: int) -> int:
+    """A 64-bit seed for the randomness of one step, from (seed, step): the resumed run draws what the first one did.
+
+    `more` numbers make independent seeds for parts of the step.
+    """
+    return int(np.random.SeedSequence([seed, step, *more]).generate_state(1, np.uint64)[0] >> 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- batches
@@ -260,6 +264,28 @@ class Collator:
             self._known[len(indices)] = batch
         return batch.replace(**self._gather(torch.from_numpy(indices), torch.from_numpy(atoms)))
 
+    def skeleton(self, indices: Int[np.ndarray, " B"]) -> tuple[Batch, Int[np.ndarray, " B"]]:
+        """Which atoms these structures have and which are fixed, with all positions 0 and no edges; and their numbers."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if self._chosen is not None:
+            indices = self._chosen[indices]
+        atoms, counts = atom_indices(self.dataset.ptr, indices)
+        fixed = None if self.dataset.fixed is None else self.dataset.fixed[atoms]
+        z, pos = self.dataset.z[atoms], np.zeros((len(atoms), 3))
+        # Without edges: as if each atom were a structure of its own, and then not.
+        bare = make_batch(z, pos, np.ones(len(atoms), dtype=np.int64), self.cutoff, fixed=fixed, dtype=self.dtype)
+        system = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+        whole = bare.replace(system=system, n_systems=len(counts), cell=bare.cell[: len(counts)])
+        return self._placed(whole), counts
+
+    def place(self, rows: Int[np.ndarray, " M"]) -> Int[Tensor, " M"]:
+        """Numbers of rows on the device; without waiting."""
+        return self._move(torch.from_numpy(rows))
+
+    def _placed(self, batch: Batch) -> Batch:
+        """A batch on the device."""
+        return (batch.pin_memory() if self.device.type == "cuda" else batch).to(self.device)
+
     def _column(self, column: np.ndarray, is_per_atom: bool) -> Tensor:
         """A column as a tensor that shares its memory, with a row for each structure where their sizes are equal."""
         if min(column.strides, default=0) < 0:  # torch has no strides that go backwards
@@ -284,7 +310,7 @@ class Collator:
             fixed=None if dataset.fixed is None else dataset.fixed[atoms],
             dtype=self.dtype,
         )
-        batch = (batch.pin_memory() if self.device.type == "cuda" else batch).to(self.device)
+        batch = self._placed(batch)
         return graph.rebuild_edges(batch, self.cutoff) if batch.cutoff == 0 else batch
 
     def _gather(self, structures: Tensor, atoms: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -340,13 +366,13 @@ def _common_size(dataset: MolecularDataset) -> int:
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-def load(collate: Collator, order: Iterable[np.ndarray], ahead: bool | None = None) -> Iterator[Batch]:
+def load(collate: Collator | Cutter, order: Iterable[np.ndarray], ahead: bool | None = None) -> Iterator[Any]:
     """The batches of `order`, one after the other.
 
     Parameters
     ----------
     collate
-        Makes them.
+        Makes them; or cuts them into shares, too.
     order
         Structures of each batch.
     ahead
@@ -361,7 +387,7 @@ def load(collate: Collator, order: Iterable[np.ndarray], ahead: bool | None = No
         return
     stream = torch.cuda.Stream(collate.device) if is_cuda else None
 
-    def make(indices: np.ndarray) -> tuple[Batch, Any]:
+    def make(indices: np.ndarray) -> tuple[Any, Any]:
         """In the thread: a batch, and the event after which it is there."""
         with torch.cuda.stream(stream) if is_cuda else contextlib.nullcontext():
             return collate(indices), stream.record_event() if is_cuda else None
@@ -379,10 +405,10 @@ def load(collate: Collator, order: Iterable[np.ndarray], ahead: bool | None = No
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _arrived(batch: Batch, event: Any) -> Batch:
-    """A batch that the current stream may use; the CPU does not wait."""
+def _arrived(batch: Any, event: Any) -> Any:
+    """A batch (or the shares of one) that the current stream may use; the CPU does not wait."""
     if event is not None:
-        stream = torch.cuda.current_stream(batch.pos.device)
+        stream = torch.cuda.current_stream(event.device)
         stream.wait_event(event)
         batch.record_stream(stream)
     return batch

@@ -28,15 +28,17 @@ from torch.optim.swa_utils import AveragedModel
 
 from ndem_zoo import checkpoint as files
 from ndem_zoo.datasets.files import file_digest
+from ndem_zoo.distributed import Peers, check_devices, make_fabric, watched
 from ndem_zoo.errors import ConfigError, FileFormatError, TrainingError
 from ndem_zoo.graph import Batch
 from ndem_zoo.history import History, HistoryLog
 from ndem_zoo.inference import predict_columns
 from ndem_zoo.metrics import dataset_metrics
 from ndem_zoo.models.potential import Potential
-from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative, check_whole
+from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative, check_whole, rows_that_count
 from ndem_zoo.progress import Progress
 from ndem_zoo.sampling import Collator, Order, load, size_batches, step_seed
+from ndem_zoo.shares import Cutter, Share, ShareRng, Shares
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
@@ -60,12 +62,15 @@ class TrainSettings:
     Attributes
     ----------
     batch_size
-        Structures per step; with `max_atoms` the largest number of them, or None.
+        Structures per step, **on all devices together**; with `max_atoms` the largest number of them, or None.
     eval_batch_size
         Largest number of structures in a batch of validation and prediction; see `inference.predict_columns`.
     max_atoms
-        Largest number of atoms per step, for structures of many sizes: a step takes as many structures as fit. None for
-        no limit.
+        Largest number of atoms per step, on all devices together, for structures of many sizes: a step takes as many
+        structures as fit. None for no limit.
+    accumulate
+        Shares into which a device cuts its part of a step, one after the other: the memory of one share, and the same step
+        but for rounding. Devices and shares have about equally many atoms each; see `ndem_zoo.shares`.
     bucket
         Whether the structures of a step are of similar size: they are shuffled within buckets of size, and so are the
         batches. The order of the data is then less random.
@@ -112,6 +117,7 @@ class TrainSettings:
     batch_size: int | None = 8
     eval_batch_size: int = 64
     max_atoms: int | None = None
+    accumulate: int = 1
     bucket: bool = False
     prefetch: bool | None = None
     lr: float = 1e-3
@@ -141,7 +147,8 @@ class TrainSettings:
         for name in ("weight_decay", "min_lr", "lr"):
             check_not_negative(name, getattr(self, name))
         check_not_negative("warmup_factor", self.warmup_factor)
-        check_whole("eval_batch_size", self.eval_batch_size, 1)
+        for name in ("eval_batch_size", "accumulate"):
+            check_whole(name, getattr(self, name), 1)
         if self.batch_size is not None or self.max_atoms is None:
             check_whole("batch_size", self.batch_size, 1)
         check_switch("bucket", self.bucket)
@@ -222,15 +229,14 @@ class Run:
         valid_set: MolecularDataset | None,
         settings: TrainSettings,
         device: torch.device,
+        devices: int = 1,
+        nodes: int = 1,
     ) -> None:
-        from lightning_fabric import Fabric  # here, because it takes seconds that only a training should cost
-
         self.potential, self.objective, self.settings = potential, objective, settings
         self.train_set, self.valid_set = train_set, valid_set
-        accelerator = "cuda" if device.type == "cuda" else "cpu"
-        devices = [device.index or 0] if device.type == "cuda" else 1
         # Pitfall: Fabric's own "64-true" changes torch's default dtype and rounds the terms to float32 on their way out.
-        self.fabric = Fabric(accelerator=accelerator, devices=devices)
+        self.fabric = make_fabric(device, devices, nodes)
+        self.peers = Peers(self.fabric)
         self.dtype = torch.float64 if settings.precision == "64-true" else torch.float32
         module = TrainStep(potential, objective, settings.precision == "bf16-mixed").to(device, self.dtype)
         self.trainable = [p for p in module.parameters() if p.requires_grad]
@@ -248,6 +254,13 @@ class Run:
         self.collate = Collator(
             train_set, potential.backbone.cutoff, self.dtype, nearest=potential.backbone.nearest, device=device
         )
+        n_shares = self.peers.size * settings.accumulate
+        if n_shares > 1 and objective.needs_whole_batch:
+            raise ConfigError(
+                f"{type(objective).__name__} with these options looks at a step's batch as a whole: devices, nodes and "
+                f"accumulate must be 1, not {n_shares} shares together (for ndem_curvature, choose another confidence)"
+            )
+        self.shares = Cutter(self.collate, n_shares, range(self.peers.rank, n_shares, self.peers.size))
 
     @property
     def evaluated(self) -> nn.Module:
@@ -283,38 +296,50 @@ class Run:
             lr *= settings.warmup_factor + (1.0 - settings.warmup_factor) * done
         return lr
 
-    def batches(self) -> Iterator[Batch]:
-        """The batches of the steps to come, without end; to be closed."""
-        return load(self.collate, self.order.after(self.state.step), self.settings.prefetch)
+    def batches(self) -> Iterator[Shares]:
+        """The batches of the steps to come, as far as they are computed here, without end; to be closed."""
+        return load(self.shares, self.order.after(self.state.step), self.settings.prefetch)
 
-    def one_step(self, batch: Batch) -> None:
-        """Forward, backward, update; nothing here waits for a GPU."""
-        terms = self.forward(batch)
-        loss = sum(terms.values())
-        self.backward(loss)
+    def one_step(self, shares: Shares) -> None:
+        """Forward and backward of each share, update; nothing here waits for a GPU."""
+        self.optimizer.zero_grad()
+        for number, share in enumerate(shares, start=1):
+            with self.fabric.no_backward_sync(self.module, enabled=number < len(shares)):
+                terms = self.forward(share)
+                loss = sum(terms.values())
+                self.backward(loss)
+            for name, term in {"loss": loss, **terms}.items():
+                # float64: the sum of an epoch must not depend on where a resumed run began to add
+                self.sums[name] = self.sums.get(name, 0.0) + term.detach().double()
         self.update()
-        for name, term in {"loss": loss, **terms}.items():
-            # float64: the sum of an epoch must not depend on where a resumed run began to add
-            self.sums[name] = self.sums.get(name, 0.0) + term.detach().double()
         self.state.step += 1
         self.state.summed_steps += 1
         self.position += 1
         if self.position == self.order.length(self.epoch):
             self.epoch, self.position = self.epoch + 1, 0
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The terms of a batch, with the randomness of this step."""
-        self.rng.manual_seed(step_seed(self.settings.seed, self.state.step))
+    def forward(self, share: Share) -> dict[str, Tensor]:
+        """The terms of a share, as it counts in the step, with the randomness of this step."""
+        seed, step, cut = self.settings.seed, self.state.step, share.cut
+        rng = self.rng.manual_seed(step_seed(seed, step)) if cut is None else ShareRng(cut, seed, step)
         self.objective.progress = self.progress
-        self.potential.backbone.rng = self.rng
+        self.potential.backbone.rng = rng
         try:
-            return self.module(StepInputs(batch, self.rng))
+            terms = self.module(StepInputs(share.batch, rng))
         finally:
             self.potential.backbone.rng = None
+        if cut is None:
+            return terms
+        with torch.no_grad():
+            rows = self.objective.rows(cut.whole, self.rng.manual_seed(step_seed(seed, step)))
+            free = rows_that_count(~cut.whole.fixed, cut.whole)
+            weights = {name: cut.fraction(rows.get(name, free)) for name in terms}
+        return {name: weights[name].to(term.dtype) * term for name, term in terms.items()}
 
     def backward(self, loss: Tensor) -> None:
-        """The gradient of the loss, a scalar."""
-        self.optimizer.zero_grad()
+        """Add the gradient of a share's loss, a scalar, to that of the step."""
+        if self.peers.size > 1:
+            loss = loss * self.peers.size  # DDP averages over processes; shares are to be added up
         # Positions have a gradient too, which nobody wants: a tenth of an eager step's launches.
         self.fabric.backward(loss, inputs=self.trainable)
 
@@ -339,7 +364,7 @@ class Run:
         state = self.state
         row = {"epoch": self.epochs, "step": state.step, "seconds": state.seconds}
         row["lr"] = self.learning_rate()
-        row |= {f"train_{name}": float(total) / state.summed_steps for name, total in self.sums.items()}
+        row |= {f"train_{name}": total / state.summed_steps for name, total in self.totals().items()}
         self.check_finite(row)
         self.sums, state.summed_steps = {}, 0
         if self.valid_set is not None:
@@ -349,12 +374,16 @@ class Run:
         state.history.append(row)
         return row
 
+    def totals(self) -> dict[str, float]:
+        """Sum of each term over the steps since the last row of the history, of all processes."""
+        return self.peers.sums({name: float(total) for name, total in self.sums.items()})
+
     def validation(self) -> dict[str, float]:
         """Loss and errors on the validation data, named ``valid_...``."""
         batch_size = self.settings.eval_batch_size
         if self.objective.supervised.has_terms:
-            return validation_metrics(self.evaluated, self.objective, self.valid_set, batch_size)
-        return denoising_metrics(self.evaluated, self.valid_set, batch_size)
+            return validation_metrics(self.evaluated, self.objective, self.valid_set, batch_size, self.peers)
+        return denoising_metrics(self.evaluated, self.valid_set, batch_size, self.peers)
 
     def check_finite(self, values: dict[str, float]) -> None:
         """Raise TrainingError unless these values and all weights are finite."""
@@ -406,17 +435,20 @@ class Run:
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, directory: Path, fingerprint: dict[str, Any]) -> None:
-        """Write a checkpoint of this moment, whole or not at all, and delete old ones.
+        """Write a checkpoint of this moment, whole or not at all, and delete old ones; all processes call, the first writes.
 
         Raises
         ------
         TrainingError
             If the training has diverged: a checkpoint from which it can go on is not replaced by one from which it cannot.
         """
-        self.check_finite({f"the sum of train_{name}": float(total) for name, total in self.sums.items()})
+        totals = self.totals()
+        self.check_finite({f"the sum of train_{name}": total for name, total in totals.items()})
+        if not self.peers.is_first:
+            return
         tensors = {f"optimizer.{k}": v for k, v in files.flatten_optimizer(self.optimizer.state_dict()).items()}
         tensors |= {f"module.{k}": v for k, v in self.module.state_dict().items()}
-        tensors |= {f"sums.{k}": v for k, v in self.sums.items()}
+        tensors |= {f"sums.{k}": torch.tensor(v, dtype=torch.float64) for k, v in totals.items()}
         if self.ema is not None:
             tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         if self.best is not None:
@@ -468,7 +500,8 @@ class Run:
         self.epoch, self.position = self.order.locate(state.step)
         self.module.load_state_dict(part("module"))
         self.optimizer.load_state_dict(files.unflatten_optimizer(part("optimizer"), self.optimizer.state_dict()))
-        self.sums = {name: value.to(device) for name, value in part("sums").items()}
+        # They are of all processes, and will be added up over all of them.
+        self.sums = {name: value.to(device) * self.peers.is_first for name, value in part("sums").items()}
         if self.ema is not None:
             self.ema.load_state_dict(part("ema"))
         self.best = {name: value.to(device) for name, value in part("best").items()} or None
@@ -482,6 +515,8 @@ def train(
     settings: TrainSettings,
     *,
     device: torch.device,
+    devices: int | str = 1,
+    nodes: int = 1,
     directory: Path | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
@@ -502,8 +537,12 @@ def train(
         See `TrainSettings`.
     device
         Where to compute.
+    devices, nodes
+        How many devices of how many machines train together, one process on each; see `distributed.check_devices`. All
+        processes make the same call, and get the same weights and history.
     directory
-        Folder for ``history.csv`` and checkpoints; None writes nothing.
+        Folder for ``history.csv`` and checkpoints, which the first process writes and all of them can read; None writes
+        nothing.
     checkpoint_every
         Steps between checkpoints; None writes one at the end only.
     resume
@@ -511,9 +550,9 @@ def train(
     tensorboard
         Whether the rows of the history also go to TensorBoard files in `directory`.
     progress
-        Whether to show progress.
+        Whether to show progress, in the first process.
     callback
-        Called with every row of the history.
+        Called with every row of the history, in the first process.
     identity
         What the run depends on besides settings, objective and data, such as the options of the backbone; anything that
         JSON can hold. A checkpoint of a run with another one is not continued.
@@ -531,24 +570,47 @@ def train(
     FileFormatError
         If there are checkpoints to resume from, but none can be read.
     TrainingError
-        If the training diverges.
+        If the training diverges, or if one of several processes has ended or does not answer.
 
     Notes
     -----
-    Ctrl-C ends the training after the step in progress, as if a limit were reached; a second one aborts it.
+    Ctrl-C ends the training after the step in progress, as if a limit were reached; a second one aborts it. Where several
+    processes train together, it is enough that one of them gets it, or SIGTERM.
     """
     if checkpoint_every is not None:
         check_whole("checkpoint_every", checkpoint_every, 1)
     for name, wanted in (("resume", resume), ("checkpoint_every", checkpoint_every), ("tensorboard", tensorboard)):
         if wanted and directory is None:
             raise ConfigError(f"{name}={wanted!r} needs a checkpoint_dir")
-    run = Run(potential, objective, train_set, valid_set, settings, device)
-    fingerprint = _fingerprint(settings, objective, train_set, valid_set, identity or {}) if directory else {}
-    if directory is not None:
-        _prepare(directory, resume)
-        if resume:
-            run.restore(directory, fingerprint)
+    devices, nodes = check_devices(devices, nodes, device)
+    with watched(lambda: _how_to_go_on(directory)):
+        run = Run(potential, objective, train_set, valid_set, settings, device, devices, nodes)
+        fingerprint = _fingerprint(settings, objective, train_set, valid_set, identity or {}) if directory else {}
+        if directory is not None:
+            _prepare(directory, resume, run.peers)
+            if resume:
+                run.restore(directory, fingerprint)
+                run.peers.agree("a checkpoint of step", run.state.step)
+        interrupted = _loop(run, directory, fingerprint, checkpoint_every, tensorboard, progress, callback)
+    history = History(run.state.history)
+    history.interrupted = interrupted and not run.is_over()
+    run.finish()
+    potential.eval()
+    return history
+
+
+def _loop(
+    run: Run,
+    directory: Path | None,
+    fingerprint: dict[str, Any],
+    checkpoint_every: int | None,
+    tensorboard: bool,
+    progress: bool,
+    callback: Callable[[dict[str, float]], None] | None,
+) -> bool:
+    """All steps, with what happens between them; returns whether Ctrl-C ended it. See `train`."""
     saved_step = run.state.step or None
+    is_first = run.peers.is_first
 
     def save() -> None:
         """Write a checkpoint, unless there is nowhere to write or it is written already."""
@@ -560,17 +622,18 @@ def train(
     # The steps since a checkpoint are made again; their seconds are not counted twice.
     begin = time.monotonic() - run.state.seconds
     interrupted = False
+    log = HistoryLog(directory if is_first else None, tensorboard and is_first, run.state.history)
     with (
-        contextlib.closing(HistoryLog(directory, tensorboard, run.state.history)) as log,
-        Progress(enabled=progress) as bar,
-        _interruptible() as is_interrupted,
+        contextlib.closing(log),
+        Progress(enabled=progress and is_first) as bar,
+        _interruptible(run.peers.size) as is_interrupted,
         contextlib.closing(run.batches()) as batches,
     ):
-        potential.train()
+        run.potential.train()
         while not (run.is_over() or interrupted):
             run.one_step(next(batches))
-            run.state.seconds = time.monotonic() - begin
-            interrupted = is_interrupted()
+            seconds, flag = run.peers.largest(time.monotonic() - begin, is_interrupted())
+            run.state.seconds, interrupted = seconds, bool(flag)
             is_due = run.is_validation_due() or run.is_over()
             if interrupted and not is_due:
                 save()  # before a validation that the uninterrupted run would not have made
@@ -578,24 +641,26 @@ def train(
                 row = run.validate()
                 log.add(row)
                 bar.validated(row)
-                if callback is not None:
+                if callback is not None and is_first:
                     callback(row)
             if checkpoint_every and run.state.step % checkpoint_every == 0:
                 save()
             bar.advance(run.state.step, run.state.seconds, run.progress)
         save()
-    history = History(run.state.history)
-    history.interrupted = interrupted and not run.is_over()
-    run.finish()
-    potential.eval()
-    return history
+    return interrupted
+
+
+def _how_to_go_on(directory: Path | None) -> str:
+    """What can be done after a process was lost."""
+    newest = files.checkpoints(directory)[:1] if directory is not None else []
+    return f"the run ends; resume=True continues from {newest[0]}" if newest else "the run ends, without a checkpoint"
 
 
 def validation_metrics(
-    potential: Potential, objective: Objective, dataset: MolecularDataset, batch_size: int
+    potential: Potential, objective: Objective, dataset: MolecularDataset, batch_size: int, peers: Peers | None = None
 ) -> dict[str, float]:
-    """Supervised loss and errors on validation data, named ``valid_...``; of all values at once."""
-    predicted = predict_columns(potential, dataset, batch_size, need_forces="forces" in dataset.targets)
+    """Supervised loss and errors on validation data, named ``valid_...``; of all values at once, whoever predicts them."""
+    predicted = predict_columns(potential, dataset, batch_size, need_forces="forces" in dataset.targets, peers=peers)
     scale = float(potential.scale)
     errors = {
         name: torch.as_tensor(predicted[name] - dataset.targets[name]) / scale
@@ -608,53 +673,72 @@ def validation_metrics(
     return {"valid_loss": float(sum(terms.values()))} | {f"valid_{k}": metrics[k] for k in kept if k in metrics}
 
 
-def denoising_metrics(step: TrainStep, dataset: MolecularDataset, batch_size: int) -> dict[str, float]:
+def denoising_metrics(
+    step: TrainStep, dataset: MolecularDataset, batch_size: int, peers: Peers | None = None
+) -> dict[str, float]:
     """Terms of an objective that needs no labels, on validation data, named ``valid_...``; always with the same noise."""
     potential, parameter = step.potential, next(step.parameters())
     place = {"nearest": potential.backbone.nearest}
     order = size_batches(dataset, batch_size, potential.backbone.cutoff, **place)
     place |= {"device": parameter.device}
     collate = Collator(dataset, potential.backbone.cutoff, parameter.dtype, with_targets=False, **place)
-    rng = torch.Generator(device=parameter.device).manual_seed(0)
+    rng = torch.Generator(device=parameter.device)
+    own = range(len(order)) if peers is None else peers.part(len(order))
     was_training, sums = step.training, {}
     step.eval()
     try:
-        with torch.no_grad(), contextlib.closing(load(collate, order)) as batches:
-            for batch in batches:
+        # Without a batch of its own, a process looks at the first: it has to know the names of the terms.
+        numbers = own or range(1)
+        with torch.no_grad(), contextlib.closing(load(collate, [order[number] for number in numbers])) as batches:
+            for number, batch in zip(numbers, batches, strict=True):
+                rng.manual_seed(number)  # whoever computes the batch
+                count = len(batch.z) if own else 0  # terms are means over atoms
                 for name, term in step.objective(potential, batch, rng).items():
-                    sums[name] = sums.get(name, 0.0) + term.double() * len(batch.z)  # terms are means over atoms
+                    sums[name] = sums.get(name, 0.0) + term.double() * count
     finally:
         step.train(was_training)
-    means = {name: float(total) / len(dataset.z) for name, total in sums.items()}
+    totals = {name: float(total) for name, total in sums.items()}
+    totals = totals if peers is None else peers.sums(totals)
+    means = {name: total / len(dataset.z) for name, total in totals.items()}
     return {"valid_loss": sum(means.values())} | {f"valid_{name}": mean for name, mean in means.items()}
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag; a second one acts as usual. Outside the main thread nothing is changed."""
+def _interruptible(processes: int = 1) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag; a second one acts as usual. Outside the main thread nothing is changed.
+
+    With several processes also SIGTERM, by which whoever started them asks all of them to end.
+    """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag.is_set
         return
-    previous = signal.getsignal(signal.SIGINT) or signal.SIG_DFL  # None: a handler that is not Python's
+    numbers = (signal.SIGINT,) if processes == 1 else (signal.SIGINT, signal.SIGTERM)
+    # None: a handler that is not Python's
+    previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
 
     def handle(number: int, frame: Any) -> None:
         flag.set()
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, previous[number])
 
-    signal.signal(signal.SIGINT, handle)
+    for number in numbers:
+        signal.signal(number, handle)
     try:
         yield flag.is_set
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def _prepare(directory: Path, resume: bool) -> None:
+def _prepare(directory: Path, resume: bool, peers: Peers) -> None:
     """Make the folder; refuse to write over a run that is not to be resumed, or over a saved model's history."""
     if not resume and (files.checkpoints(directory) or (directory / "history.csv").exists()):
         raise ConfigError(f"{directory} holds a training already: pass resume=True to continue it, or another folder")
-    directory.mkdir(parents=True, exist_ok=True)
-    files.remove_leftovers(directory)
+    peers.wait()  # until all have looked
+    if peers.is_first:
+        directory.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(directory)
+    peers.wait()
 
 
 @contextlib.contextmanager
@@ -751,7 +835,7 @@ def _content_hash(dataset: MolecularDataset) -> str:
 
 def _compare(stored: dict[str, Any], current: dict[str, Any], path: Path, owner: str = "") -> None:
     """Refuse to continue another training than the one that was begun; its limits may be moved."""
-    movable = {"nb_epoch", "max_steps", "max_time", "eval_batch_size", "early_stopping", "prefetch"}
+    movable = {"nb_epoch", "max_steps", "max_time", "eval_batch_size", "early_stopping", "prefetch", "accumulate"}
     for name in [*current, *(name for name in stored if name not in current)]:
         old, new = stored.get(name), current.get(name)
         if isinstance(old, dict) and isinstance(new, dict):

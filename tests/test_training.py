@@ -959,9 +959,12 @@ def mixed(ethanol):
 def seen_by(patch) -> list[tuple[int, int]]:
     """Structures and atoms of each step of a training."""
     seen, one_step = [], Run.one_step
-    patch.setattr(
-        Run, "one_step", lambda run, batch: (seen.append((batch.n_systems, len(batch.z))), one_step(run, batch))
-    )
+
+    def looking(run, shares):
+        seen.extend((share.batch.n_systems, len(share.batch.z)) for share in shares)
+        one_step(run, shares)
+
+    patch.setattr(Run, "one_step", looking)
     return seen
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from ase.data import atomic_masses, atomic_numbers, chemical_symbols
+from jaxtyping import Int
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 
@@ -25,6 +26,7 @@ from ndem_zoo._version import __version__
 from ndem_zoo.card import model_card
 from ndem_zoo.datasets.base import MolecularDataset, as_dataset
 from ndem_zoo.datasets.checks import blocks, check_structures, check_targets, root_mean_square
+from ndem_zoo.distributed import is_first, own_gpu
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError, NotFittedError
 from ndem_zoo.forcefields.base import ForceField, make_force_field
 from ndem_zoo.history import read_history, write_history
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 
 #: Version of the layout of a saved model's folder.
 FORMAT = 2
+
+#: Choice: atomic numbers of so many atoms are looked at together.
+ATOMS_AT_ONCE = 1 << 24
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(TrainSettings))
 _MODEL_FILES = {"config.json", "weights.safetensors", "history.csv", "card.md"}
@@ -101,7 +106,7 @@ class NDeMModel(BaseEstimator):
         ``"32-true"``, ``"64-true"`` or ``"bf16-mixed"``; see `ndem_zoo.training.TrainSettings`.
     seed : int
         Of weights, order of the data, and noise.
-    batch_size, eval_batch_size, max_atoms, bucket, lr, weight_decay, warmup_steps, warmup_factor, schedule, plateau_factor, plateau_patience, min_lr, \
+    batch_size, eval_batch_size, max_atoms, accumulate, bucket, lr, weight_decay, warmup_steps, warmup_factor, schedule, plateau_factor, plateau_patience, min_lr, \
 clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         See `ndem_zoo.training.TrainSettings`. With `max_atoms` and no `batch_size`, only atoms are counted.
     prefetch : bool, optional
@@ -161,6 +166,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         batch_size: int | None = None,
         eval_batch_size: int | None = None,
         max_atoms: int | None = None,
+        accumulate: int = 1,
         bucket: bool | None = None,
         lr: float | None = None,
         weight_decay: float | None = None,
@@ -201,6 +207,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.max_atoms = max_atoms
+        self.accumulate = accumulate
         self.bucket = bucket
         self.lr = lr
         self.weight_decay = weight_decay
@@ -238,6 +245,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         resume: bool = False,
         tensorboard: bool = False,
         callback: Callable[[dict[str, float]], None] | None = None,
+        devices: int | str = 1,
+        nodes: int = 1,
     ) -> NDeMModel:
         """Train anew.
 
@@ -266,6 +275,10 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             Also write TensorBoard files into `checkpoint_dir`.
         callback
             Called with every row of the history.
+        devices, nodes
+            How many devices (``"auto"``: all that were started) of how many machines train together. Every process, started
+            by ``torchrun`` or SLURM, runs the same script and ends with the same model; the first one writes files and calls
+            `callback`. `batch_size` and `max_atoms` are those of all devices together: the steps are the same on any number.
 
         Returns
         -------
@@ -276,9 +289,9 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         DataError
             If a structure or label cannot be used; names its index. Nothing is written then.
         ConfigError
-            If an option is not allowed.
+            If an option is not allowed, or not as many processes were started as `devices` and `nodes` say.
         TrainingError
-            If the training diverges.
+            If the training diverges, or if one of several processes is gone.
         """
         limits = {"nb_epoch": nb_epoch, "max_steps": max_steps, "max_time": max_time}
         return self._train_anew(
@@ -292,6 +305,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             resume=resume,
             tensorboard=tensorboard,
             callback=callback,
+            devices=devices,
+            nodes=nodes,
         )
 
     def pretrain(
@@ -309,6 +324,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         resume: bool = False,
         tensorboard: bool = False,
         callback: Callable[[dict[str, float]], None] | None = None,
+        devices: int | str = 1,
+        nodes: int = 1,
     ) -> NDeMModel:
         """Train the backbone on structures without labels, by the auxiliary term of the objective alone.
 
@@ -320,7 +337,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         dataset, valid
             Structures in any form that `fit` takes. With validation data, the weights with the smallest auxiliary term on
             them are kept, noise head included; the noise on them is always the same.
-        nb_epoch, max_steps, max_time, init_from, init_partial, checkpoint_dir, checkpoint_every, resume, tensorboard, callback
+        nb_epoch, max_steps, max_time, init_from, init_partial, checkpoint_dir, checkpoint_every, resume, tensorboard, \
+callback, devices, nodes
             As for `fit`.
 
         Returns
@@ -352,6 +370,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             resume=resume,
             tensorboard=tensorboard,
             callback=callback,
+            devices=devices,
+            nodes=nodes,
         )
 
     def _train_anew(
@@ -482,7 +502,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 columns = objective.prepare(columns)
                 check_targets(columns, objective.requires)
                 check_one_number(columns, resolved["supervised"]["target"])
-                known = [chemical_symbols[number] for number in np.unique(columns.z)] if known is None else known
+                known = [chemical_symbols[number] for number in elements_of(columns.z)] if known is None else known
                 action = self.unknown_elements if name == "validation" else "error"
                 check_known_elements(columns.z, columns.ptr, known, action)
             except DataError as error:
@@ -506,7 +526,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 raise ConfigError(f"forces={self.forces!r} with target={merged['target']!r}: only an energy has forces")
             merged["forces"] = "none"
         settings = {name: merged[name] for name in _SETTINGS if name in merged}
-        settings |= {"precision": self.precision, "seed": self.seed, "prefetch": self.prefetch}
+        settings |= {name: getattr(self, name) for name in ("precision", "seed", "prefetch", "accumulate")}
         if self.max_atoms is not None and self.batch_size is None:
             settings["batch_size"] = None
         if self.nb_epoch is not None or self.max_steps is not None:
@@ -796,7 +816,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         """Write the fitted model into a folder: ``config.json``, ``weights.safetensors``, ``history.csv``, ``card.md``.
 
         Nothing is pickled. The folder appears whole or not at all; one that is there already is replaced if it holds a
-        model and nothing else, and refused otherwise.
+        model and nothing else, and refused otherwise. Where processes have trained together, the first one writes, and the
+        call does nothing in the others.
 
         Raises
         ------
@@ -806,6 +827,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             If `path` is a file, or a folder with other content.
         """
         potential, path = self._weights(), Path(path)
+        if not is_first():
+            return
         present = {item.name for item in path.iterdir()} if path.is_dir() else set()
         if present and not ("config.json" in present and present <= _MODEL_FILES):
             other = ", ".join(sorted(present - _MODEL_FILES)) or "no config.json"
@@ -900,6 +923,14 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.resolved_, self.potential_, self.objective_ = resolved, potential.eval(), objective
 
 
+def elements_of(z: Int[np.ndarray, " A"]) -> Int[np.ndarray, " n"]:
+    """The atomic numbers that occur, ascending; in blocks, since sorting them all would copy a memory-mapped column."""
+    is_present = np.zeros(256, dtype=bool)
+    for start in range(0, len(z), ATOMS_AT_ONCE):
+        is_present[z[start : start + ATOMS_AT_ONCE]] = True
+    return np.flatnonzero(is_present)
+
+
 def check_known_elements(z: np.ndarray, ptr: np.ndarray, known: Iterable[str], action: str = "error") -> None:
     """Raise DataError for an element that a model has not seen: its weights and reference energy would mean nothing.
 
@@ -915,7 +946,7 @@ def check_known_elements(z: np.ndarray, ptr: np.ndarray, known: Iterable[str], a
         ``"error"``, or ``"warn"`` for a `DataWarning` instead.
     """
     known = sorted(atomic_numbers[symbol] for symbol in known)
-    if np.isin(np.unique(z), known).all():  # without a column of its own, which counts with millions of structures
+    if np.isin(elements_of(z), known).all():
         return
     bad = np.flatnonzero(~np.isin(z, known))
     if len(bad):
@@ -954,15 +985,17 @@ def _check_table(dataset: MolecularDataset, backbone: Backbone) -> None:
 
 
 def torch_device(name: str) -> torch.device:
-    """``"auto"`` is CUDA where there is one, else the CPU.
+    """``"auto"`` is CUDA where there is one, else the CPU; ``"cuda"``, where processes train together, one GPU for each.
 
     Raises
     ------
     ConfigError
         If CUDA is asked for and there is none, or the name is unknown.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return own_gpu()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     allowed = "allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ..."
     try:
         device = torch.device(name)
@@ -1041,7 +1074,7 @@ def _references(
             f"reference_energies={wanted!r} with target={target!r}: nothing is subtracted from a dipole moment"
         )
     if isinstance(wanted, dict):
-        return _reference_from(wanted, np.unique(train_set.z)), 0.0
+        return _reference_from(wanted, elements_of(train_set.z)), 0.0
     allowed = ("fit", "dataset", "mean", "none")
     if wanted is not None and wanted not in allowed:
         names = ", ".join(map(repr, allowed))
@@ -1053,7 +1086,7 @@ def _references(
         tables = {} if train_set.card is None else train_set.card.atom_references
         if target not in tables:
             raise ConfigError(f"reference_energies='dataset', but the dataset has none for {target}: try 'fit'")
-        return _reference_from(tables[target], np.unique(train_set.z)), 0.0
+        return _reference_from(tables[target], elements_of(train_set.z)), 0.0
     if wanted == "none" or target not in train_set.targets:
         return nothing, 0.0
     values = train_set.targets[target]
@@ -1118,7 +1151,7 @@ def _reference_from(given: dict[str | int, float], present: np.ndarray) -> np.nd
 
 
 def _by_symbol(reference: np.ndarray, z: np.ndarray) -> dict[str, float]:
-    return {chemical_symbols[number]: float(reference[number]) for number in np.unique(z)}
+    return {chemical_symbols[number]: float(reference[number]) for number in elements_of(z)}
 
 
 def _plain(value: Any) -> Any:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ndem_zoo.errors import ConfigError
-from ndem_zoo.graph import Batch
+from ndem_zoo.graph import Batch, sum_over_atoms
 from ndem_zoo.models.base import Head
 from ndem_zoo.models.potential import Potential, Prediction
 from ndem_zoo.noise import Noise, SigmaPer, SigmaSample, gaussian, masked_gaussian
@@ -147,6 +147,11 @@ class NoLabels(SupervisedLoss):
             )
 
 
+def rows_that_count(counts: Bool[Tensor, " N"], batch: Batch) -> Float[Tensor, " S"]:
+    """How many atoms of each structure count, in float64: see `Objective.rows`."""
+    return sum_over_atoms(counts.double(), batch)
+
+
 def mean_of_rows(values: Tensor, counts: Bool[Tensor, " N"]) -> Tensor:
     """Mean over the rows of `values`, (N,) or (N, d), that count, as a scalar; 0 if there are none."""
     values = values.mean(dim=-1) if values.dim() > 1 else values
@@ -195,9 +200,9 @@ class NoiseOptions:
         sigma = tuple(shrink * value for value in self.sigma) if is_range else shrink * self.sigma
         return masked_gaussian(batch, rng, cutoff=cutoff, sigma=sigma, ratio=self.ratio, **how)
 
-    def draw(self, batch: Batch, rng: torch.Generator) -> Noise:
+    def draw(self, batch: Batch, rng: torch.Generator, **options: Any) -> Noise:
         """The noise alone, with nothing moved; see `gaussian`."""
-        how = {"sample": self.sigma_sample, "per": self.sigma_per}
+        how = {"sample": self.sigma_sample, "per": self.sigma_per, **options}
         return gaussian(batch, rng, sigma=self.sigma, ratio=self.ratio, **how)
 
 
@@ -305,6 +310,31 @@ class Objective(nn.Module, ABC):
         rng
             The only source of randomness, on the batch's device.
         """
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether it looks at a step's batch as a whole, such that it cannot be cut into shares."""
+        return False
+
+    def rows(self, batch: Batch, rng: torch.Generator) -> dict[str, Float[Tensor, " S"]]:
+        """Over how many rows of each structure a term is a mean; of a term that is not named, its atoms that are not fixed.
+
+        A batch may be cut into shares (`ndem_zoo.shares`): the mean over all of it is then that over each share, weighted by
+        the share's rows.
+
+        Parameters
+        ----------
+        batch
+            The whole batch, without positions, edges and labels.
+        rng
+            Draws what it drew in `forward`, for terms that are means over what was moved.
+
+        Returns
+        -------
+        rows : dict
+            (S,) float64, by the name of the term; terms that `forward` does not return do not matter.
+        """
+        return {self.supervised.target: torch.ones(batch.n_systems, dtype=torch.float64, device=batch.pos.device)}
 
     def denoising_head(self) -> tuple[Head, int] | None:
         """The head that `denoises_with` names and its sign; None if there is none."""

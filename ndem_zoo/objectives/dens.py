@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ndem_zoo.graph import Batch
@@ -25,6 +26,7 @@ from ndem_zoo.objectives.base import (
     check_ratio,
     check_whole,
     mean_of_rows,
+    rows_that_count,
 )
 
 
@@ -61,6 +63,11 @@ class DeNSOptions(NoiseOptions):
         if self.head_width is not None:
             check_whole("head_width", self.head_width, 1)
 
+    @property
+    def corrupted(self) -> dict[str, Any]:
+        """Which structures are moved at all, as `noise.gaussian` takes it."""
+        return {"probability": self.probability, "probability_per": self.probability_per}
+
 
 class DeNS(Objective):
     """Energies of all structures, forces on the atoms that were not moved, and the noise on those that were.
@@ -74,6 +81,17 @@ class DeNS(Objective):
     probed_with: ClassVar[dict[str, Any]] = {"probability": 1.0}
     extra_requirements: ClassVar[frozenset[str]] = frozenset({"forces"})
 
+    def rows(self, batch: Batch, rng: torch.Generator) -> dict[str, Float[Tensor, " S"]]:
+        """See `Objective.rows`: noise is averaged over the moved atoms, forces over those that are neither moved nor fixed."""
+        rows = super().rows(batch, rng)
+        if self.current_weight():
+            moved = self.options.draw(batch, rng, **self.options.corrupted).mask
+            rows |= {
+                "denoising": rows_that_count(moved, batch),
+                "forces": rows_that_count(~(moved | batch.fixed), batch),
+            }
+        return rows
+
     def build(self, potential: Potential, dataset: Any = None) -> None:
         """Make the denoising head."""
         self.noise_head = potential.backbone.vector_head(self.options.head_width)
@@ -84,8 +102,7 @@ class DeNS(Objective):
         if weight == 0:
             return self.supervised.terms(potential(batch, need_forces=need_forces), batch, potential.scale)
         options = self.options
-        corrupted = {"probability": options.probability, "probability_per": options.probability_per}
-        noisy, noise = options.displace(batch, rng, potential.backbone.cutoff, **corrupted)
+        noisy, noise = options.displace(batch, rng, potential.backbone.cutoff, **options.corrupted)
         forces = batch.targets["forces"].to(batch.pos.dtype) * noise.mask.unsqueeze(-1)
         prediction = potential(noisy, node_vectors=forces, need_forces=need_forces)
         counts = ~(noise.mask | batch.fixed)

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ndem_zoo.errors import ConfigError
-from ndem_zoo.graph import Batch, make_batch
+from ndem_zoo.graph import ALL_PAIRS_UP_TO, Batch, make_batch
 from ndem_zoo.models.base import Backbone
 from ndem_zoo.models.potential import Potential
+from ndem_zoo.noise import for_structures
 from ndem_zoo.objectives.base import NoiseOptions, Objective, check_not_negative, check_whole, mean_of_rows
 from ndem_zoo.physics import safe_norm
 
@@ -107,12 +108,22 @@ class GeoSSL(Objective):
         losses = [self.matching(features.scalars, batch, rng), self.matching(clean.features.scalars, other, rng)]
         return terms | {"distances": weight * sum(losses) / 2}
 
+    def rows(self, batch: Batch, rng: torch.Generator) -> dict[str, Float[Tensor, " S"]]:
+        """See `Objective.rows`: the mean is over pairs.
+
+        Choice: their number is exact in molecules whose pairs are all edges; above, an atom has as many as in the largest
+        of these.
+        """
+        atoms = batch.n_atoms.double()
+        return super().rows(batch, rng) | {"distances": atoms * (atoms - 1).clamp(max=ALL_PAIRS_UP_TO - 1)}
+
     def matching(self, scalars: Float[Tensor, "N C"], batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         """Denoising score matching of the batch's pair distances, told the features of the atoms in the other view.
 
         Eq. 1/2 sigma^p (s + (d~ - d) / sigma²)², averaged over pairs, where d~ = d + sigma * noise and s is the score.
         """
-        level = torch.randint(len(self.sigmas), (batch.n_systems,), generator=rng, device=batch.pos.device)
+        n, device = len(self.sigmas), batch.pos.device
+        level = for_structures(batch, rng, lambda s, source: torch.randint(n, (s,), generator=source, device=device))
         sigma = self.sigmas.index_select(0, level).index_select(0, batch.system).index_select(0, batch.dst)
         sigma = sigma.to(scalars.dtype)
         distance = safe_norm(batch.vectors()).detach().to(scalars.dtype)

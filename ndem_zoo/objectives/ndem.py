@@ -20,7 +20,14 @@ from ndem_zoo.errors import ConfigError
 from ndem_zoo.graph import Batch
 from ndem_zoo.models.potential import Potential, Prediction
 from ndem_zoo.noise import Noise
-from ndem_zoo.objectives.base import NoiseOptions, Objective, check_choice, check_not_negative, check_whole
+from ndem_zoo.objectives.base import (
+    NoiseOptions,
+    Objective,
+    check_choice,
+    check_not_negative,
+    check_whole,
+    rows_that_count,
+)
 
 GradMain = Literal["stop", "flow", "label"]
 Target = Literal["paper", "kappa", "boltzmann"]
@@ -147,6 +154,13 @@ class NDeM(Objective):
         residual = self.reference_forces(potential, clean, batch, noisy_forces) - noisy_forces
         residual = residual - self.target(potential, batch, noise)
         return terms | {"ndem": weight * self.mean_square(residual, noise, ~batch.fixed)}
+
+    def rows(self, batch: Batch, rng: torch.Generator) -> dict[str, Float[Tensor, " S"]]:
+        """See `Objective.rows`: with ``loss_on="masked"`` the mean is over the moved atoms."""
+        rows = super().rows(batch, rng)
+        if self.options.loss_on == "masked" and self.current_weight():
+            rows["ndem"] = rows_that_count(self.options.draw(batch, rng).mask, batch)
+        return rows
 
     def noisy_forces(self, potential: Potential, noisy: Batch) -> Float[Tensor, "N 3"]:
         """F'(X + epsilon) in units of the scale; without a force derivative, unless the main head is reused."""

@@ -189,6 +189,16 @@ class NDeMCurvature(Objective):
             terms["ndem"] = weight * self._independent_term(potential, noisy)
         return terms
 
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Learned confidence compares the errors of all structures of a step."""
+        return self.options.confidence == "learned"
+
+    def rows(self, batch: Batch, rng: torch.Generator) -> dict[str, Float[Tensor, " S"]]:
+        """See `Objective.rows`: displaced structures have energies, too."""
+        rows = super().rows(batch, rng)
+        return rows | {f"noisy_{name}": value for name, value in rows.items()}
+
     def displace(self, potential: Potential, batch: Batch, rng: torch.Generator) -> tuple[Batch, Noise]:
         """The structures after the noise; with one pass, only some of them are moved."""
         options = self.options
