@@ -343,6 +343,21 @@ def md(
 
 
 @app.command()
+def export(
+    model: ModelFolder,
+    out: Annotated[Path, typer.Option(help="File to write: .pt2, or .pt for metatomic.", metavar="FILE")],
+    format: Annotated[str, typer.Option(help="torch_export, aotinductor or metatomic.")] = "torch_export",
+    device: Device = None,
+    precision: Annotated[str | None, typer.Option(help="32-true or 64-true; default: as trained.")] = None,
+) -> None:
+    """Write a model as one file that runs without this package."""
+    from ndem_zoo import runs
+
+    path = runs.load_model(model).export(out, format, device=device, precision=precision)
+    print(f"energy (eV) and forces (eV/Å) as {format} in {path}")
+
+
+@app.command()
 def bench(
     data: Annotated[str, typer.Argument(help=f"Data: {_SOURCES}.", metavar="[SOURCE]")] = "sample:ethanol",
     model: Annotated[

@@ -831,6 +831,39 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 folder / "card.md", model_card(config, potential.n_parameters, self.history_, float(potential.shift))
             )
 
+    def export(
+        self,
+        path: str | os.PathLike,
+        format: str = "torch_export",
+        *,
+        device: str | None = None,
+        precision: str | None = None,
+    ) -> Path:
+        """Write the fitted model as one file that runs without this package.
+
+        Parameters
+        ----------
+        path, device, precision
+            See `ndem_zoo.export.export_model`.
+        format
+            ``"torch_export"``, a program for `torch.export.load`; ``"aotinductor"``, the same compiled for this kind of
+            processor (torch 2.6 or later and a C++ compiler); ``"metatomic"``, for LAMMPS, i-PI and ASE through metatomic.
+
+        Returns
+        -------
+        path : Path
+            The file.
+
+        Raises
+        ------
+        ConfigError
+            If the model cannot be exported: it has a prior, predicts something else than energies, or its backbone cannot
+            be traced.
+        """
+        from ndem_zoo.export import export_model  # here: torch's compiler takes long to import
+
+        return export_model(self, path, format, device=device, precision=precision)
+
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: str | None = None) -> NDeMModel:
         """Read a model that `save` wrote; executes no code from the folder.
