@@ -139,6 +139,9 @@ def train(
     ] = False,
     device: Device = None,
     precision: Annotated[str | None, typer.Option(help="32-true, 64-true or bf16-mixed.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Deterministic algorithms only: the same bits again.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the training in --out, if there is one.")] = False,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard.")] = False,
@@ -164,7 +167,7 @@ def train(
         "seed": seed,
         "device": device,
     }
-    keywords |= {"precision": precision, "progress": not quiet}
+    keywords |= {"precision": precision, "progress": not quiet, "deterministic": deterministic or None}
     estimator = runs.make_model(model, keywords, settings or ())
     sizes = {"n_train": n_train, "n_valid": n_valid, "n_test": n_test, "split": split, "seed": seed}
     reading = runs.Reading(data_dir, not no_download, energy_key, forces_key)
@@ -340,6 +343,18 @@ def md(
         )
     if json is not None:
         save_json(json, summary)
+
+
+@app.command()
+def replay(
+    dump: Annotated[Path, typer.Argument(help="Folder that a training named when it ended.", metavar="DUMP")],
+    precision: Annotated[str | None, typer.Option(help="32-true, 64-true or bf16-mixed; default: as trained.")] = None,
+    anomaly: Annotated[bool, typer.Option("--anomaly", help="Also look at every derivative; slow.")] = False,
+) -> None:
+    """Make a training step that was not finite again, and say where it breaks."""
+    from ndem_zoo import safety
+
+    print(safety.replay(dump, precision=precision, anomaly=anomaly))
 
 
 @app.command()

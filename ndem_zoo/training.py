@@ -36,6 +36,7 @@ from ndem_zoo.metrics import dataset_metrics
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative, check_whole
 from ndem_zoo.progress import Progress
+from ndem_zoo.safety import Guard, check_workspace, deterministic, largest_gradient
 from ndem_zoo.sampling import Collator, Order, load, size_batches, step_seed
 
 if TYPE_CHECKING:
@@ -102,6 +103,10 @@ class TrainSettings:
         bfloat16 (training only; validation and prediction are in float32).
     seed
         Of the weights, the order of the data and the noise.
+    deterministic
+        Whether only deterministic algorithms of torch are used during the training; where there is none for an operation, it
+        is an error. On CUDA ``CUBLAS_WORKSPACE_CONFIG`` has to be set. Two runs then end in the same bits on one machine; on
+        a CPU they do so anyway.
 
     Raises
     ------
@@ -131,6 +136,7 @@ class TrainSettings:
     validate_every: int | None = None
     precision: Precision = "32-true"
     seed: int = 0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
@@ -145,6 +151,7 @@ class TrainSettings:
         if self.batch_size is not None or self.max_atoms is None:
             check_whole("batch_size", self.batch_size, 1)
         check_switch("bucket", self.bucket)
+        check_switch("deterministic", self.deterministic)
         if self.prefetch is not None:
             check_switch("prefetch", self.prefetch)
         for name in ("warmup_steps", "plateau_patience", "seed"):
@@ -208,6 +215,7 @@ class State:
     best_step: int = 0
     waited: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    spikes: list[dict[str, Any]] = field(default_factory=list)  # see `safety.Guard`
     summed_steps: int = 0  # steps since the last row of the history, whose terms `Run.sums` holds
 
 
@@ -248,6 +256,7 @@ class Run:
         self.collate = Collator(
             train_set, potential.backbone.cutoff, self.dtype, nearest=potential.backbone.nearest, device=device
         )
+        self.guard = Guard(self)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -292,6 +301,7 @@ class Run:
         terms = self.forward(batch)
         loss = sum(terms.values())
         self.backward(loss)
+        self.guard.add(loss)
         self.update()
         for name, term in {"loss": loss, **terms}.items():
             # float64: the sum of an epoch must not depend on where a resumed run began to add
@@ -319,7 +329,8 @@ class Run:
         self.fabric.backward(loss, inputs=self.trainable)
 
     def update(self) -> None:
-        """New weights, and their average."""
+        """New weights, and their average, if loss and gradient are finite."""
+        self.guard.look(largest_gradient(self.trainable))
         if self.settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
         for group in self.optimizer.param_groups:
@@ -340,6 +351,7 @@ class Run:
         row = {"epoch": self.epochs, "step": state.step, "seconds": state.seconds}
         row["lr"] = self.learning_rate()
         row |= {f"train_{name}": float(total) / state.summed_steps for name, total in self.sums.items()}
+        row |= self.guard.row()
         self.check_finite(row)
         self.sums, state.summed_steps = {}, 0
         if self.valid_set is not None:
@@ -413,10 +425,12 @@ class Run:
         TrainingError
             If the training has diverged: a checkpoint from which it can go on is not replaced by one from which it cannot.
         """
+        self.guard.settle()
         self.check_finite({f"the sum of train_{name}": float(total) for name, total in self.sums.items()})
         tensors = {f"optimizer.{k}": v for k, v in files.flatten_optimizer(self.optimizer.state_dict()).items()}
         tensors |= {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"sums.{k}": v for k, v in self.sums.items()}
+        tensors |= {f"guard.{k}": v for k, v in self.guard.tensors().items()}
         if self.ema is not None:
             tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         if self.best is not None:
@@ -469,6 +483,7 @@ class Run:
         self.module.load_state_dict(part("module"))
         self.optimizer.load_state_dict(files.unflatten_optimizer(part("optimizer"), self.optimizer.state_dict()))
         self.sums = {name: value.to(device) for name, value in part("sums").items()}
+        self.guard.load(part("guard"))
         if self.ema is not None:
             self.ema.load_state_dict(part("ema"))
         self.best = {name: value.to(device) for name, value in part("best").items()} or None
@@ -489,6 +504,7 @@ def train(
     progress: bool = True,
     callback: Callable[[dict[str, float]], None] | None = None,
     identity: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
 ) -> History:
     """Train a potential in place; it ends with the best weights seen.
 
@@ -517,6 +533,8 @@ def train(
     identity
         What the run depends on besides settings, objective and data, such as the options of the backbone; anything that
         JSON can hold. A checkpoint of a run with another one is not continued.
+    recipe
+        What potential and objective are made of, so that a step that is not finite can be replayed; see `safety.write_dump`.
 
     Returns
     -------
@@ -531,7 +549,8 @@ def train(
     FileFormatError
         If there are checkpoints to resume from, but none can be read.
     TrainingError
-        If the training diverges.
+        If the training diverges. The step is then in a folder ``dump-step-...`` in `directory`, or else in
+        ``ndem_zoo-dumps`` in the present folder, for `safety.replay`.
 
     Notes
     -----
@@ -542,7 +561,10 @@ def train(
     for name, wanted in (("resume", resume), ("checkpoint_every", checkpoint_every), ("tensorboard", tensorboard)):
         if wanted and directory is None:
             raise ConfigError(f"{name}={wanted!r} needs a checkpoint_dir")
+    if settings.deterministic:
+        check_workspace(device)
     run = Run(potential, objective, train_set, valid_set, settings, device)
+    run.guard.directory, run.guard.recipe = directory, recipe
     fingerprint = _fingerprint(settings, objective, train_set, valid_set, identity or {}) if directory else {}
     if directory is not None:
         _prepare(directory, resume)
@@ -561,6 +583,7 @@ def train(
     begin = time.monotonic() - run.state.seconds
     interrupted = False
     with (
+        deterministic(settings.deterministic, device),
         contextlib.closing(HistoryLog(directory, tensorboard, run.state.history)) as log,
         Progress(enabled=progress) as bar,
         _interruptible() as is_interrupted,
@@ -586,6 +609,7 @@ def train(
         save()
     history = History(run.state.history)
     history.interrupted = interrupted and not run.is_over()
+    history.spikes = run.state.spikes
     run.finish()
     potential.eval()
     return history

@@ -101,6 +101,8 @@ class NDeMModel(BaseEstimator):
         ``"32-true"``, ``"64-true"`` or ``"bf16-mixed"``; see `ndem_zoo.training.TrainSettings`.
     seed : int
         Of weights, order of the data, and noise.
+    deterministic : bool
+        Whether training uses deterministic algorithms of torch only; see `ndem_zoo.training.TrainSettings`.
     batch_size, eval_batch_size, max_atoms, bucket, lr, weight_decay, warmup_steps, warmup_factor, schedule, plateau_factor, plateau_patience, min_lr, \
 clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         See `ndem_zoo.training.TrainSettings`. With `max_atoms` and no `batch_size`, only atoms are counted.
@@ -125,6 +127,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         One row for each validation.
     interrupted_ : bool
         Whether Ctrl-C ended the last training before its limits.
+    spikes_ : list of dict
+        Steps of the last training whose loss was far above those before; see `ndem_zoo.history.History`.
     reference_ : dict
         Reference energies in eV by chemical symbol, of all elements of the training data.
     resolved_ : dict
@@ -158,6 +162,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         device: str = "auto",
         precision: str = "32-true",
         seed: int = 0,
+        deterministic: bool = False,
         batch_size: int | None = None,
         eval_batch_size: int | None = None,
         max_atoms: int | None = None,
@@ -198,6 +203,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.device = device
         self.precision = precision
         self.seed = seed
+        self.deterministic = deterministic
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.max_atoms = max_atoms
@@ -442,10 +448,11 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
                 progress=self.progress,
                 callback=None if callback is None else whole,
                 identity=_plain(identity | {"reference_energies": self.resolved_["reference_energies"]}),
+                recipe={"model": type(self).__name__, "resolved": _plain(self.resolved_)},
                 **options,
             )
         self.history_ = [*getattr(self, "history_", []), *history]
-        self.interrupted_ = history.interrupted
+        self.interrupted_, self.spikes_ = history.interrupted, list(history.spikes)
         return self
 
     def _checked(
@@ -506,6 +513,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
             merged["forces"] = "none"
         settings = {name: merged[name] for name in _SETTINGS if name in merged}
         settings |= {"precision": self.precision, "seed": self.seed, "prefetch": self.prefetch}
+        settings["deterministic"] = self.deterministic
         if self.max_atoms is not None and self.batch_size is None:
             settings["batch_size"] = None
         if self.nb_epoch is not None or self.max_steps is not None:
