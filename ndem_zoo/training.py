@@ -36,7 +36,7 @@ from ndem_zoo.metrics import dataset_metrics
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative, check_whole
 from ndem_zoo.progress import Progress
-from ndem_zoo.safety import Guard, check_workspace, deterministic, largest_gradient
+from ndem_zoo.safety import Guard, check_workspace, deterministic, gradient_size
 from ndem_zoo.sampling import Collator, Order, load, size_batches, step_seed
 
 if TYPE_CHECKING:
@@ -330,9 +330,10 @@ class Run:
 
     def update(self) -> None:
         """New weights, and their average, if loss and gradient are finite."""
-        self.guard.look(largest_gradient(self.trainable))
+        norm = None
         if self.settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+        self.guard.look(gradient_size(self.trainable, norm))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()

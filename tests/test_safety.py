@@ -197,11 +197,19 @@ def test_a_finite_run_is_the_same_with_the_flag(train_set, monkeypatch):
 def test_gradients_whose_norm_overflows_are_finite():
     weight = torch.nn.Parameter(torch.zeros(3))
     weight.grad = torch.full((3,), 3e38)
-    assert torch.isfinite(safety.largest_gradient([weight]))
+    assert torch.isfinite(safety.gradient_size([weight]))
     for bad in (float("nan"), float("inf"), -float("inf")):
         weight.grad[1] = bad
-        assert not torch.isfinite(safety.largest_gradient([weight]))
-    assert float(safety.largest_gradient([])) == 0
+        assert not torch.isfinite(safety.gradient_size([weight]))
+        clipped = torch.nn.Parameter(torch.zeros(3))
+        clipped.grad = weight.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_([clipped], 1.0)
+        assert not torch.isfinite(safety.gradient_size([clipped], norm))
+    weight.grad = torch.full((3,), 3e38)
+    norm = torch.nn.utils.clip_grad_norm_([weight], 1.0)
+    assert torch.isinf(norm), "else this shows nothing"
+    assert torch.isfinite(safety.gradient_size([weight], norm))
+    assert float(safety.gradient_size([])) == 0
 
 
 @pytest.mark.filterwarnings("ignore")
