@@ -130,7 +130,12 @@ class Replay:
         lines += ["structures, the worst first:"]
         lines += [f"  {describe_structure(one)}" for one in self.structures[:8]]
         if self.in_float64 is not None:
-            ending = "finite: the precision is the cause" if self.in_float64.is_finite else "not finite either"
+            loss = f"(loss {self.in_float64.loss:.4g})"
+            ending = (
+                f"finite {loss}: numbers of 32 bits do not suffice"
+                if self.in_float64.is_finite
+                else "not finite either"
+            )
             lines.append(f"in float64 the step is {ending}")
         if self.anomaly is not None:
             lines.append(f"anomaly mode: {self.anomaly}")
