@@ -134,8 +134,8 @@ def test_an_old_torch_says_that_it_cannot_compile(single, tmp_path):
 
 
 def test_the_file_says_what_it_is(ethanol, tmp_path):
-    """Direct forces, a model in float64 of one in float32, and everything that a reader has to know."""
-    model = fitted(ethanol, forces="direct")
+    """Direct forces, an energy for each structure, float64 of float32, and everything that a reader has to know."""
+    model = fitted(ethanol, forces="direct", reference_energies="mean")
     model.export(tmp_path / "model.pt2", precision="64-true")
     extra = {METADATA: ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from ndem_zoo.errors import ConfigError, FileFormatError, TrainingError
 from ndem_zoo.graph import make_batch
 from ndem_zoo.models.estimator import NDeMModel
 from ndem_zoo.models.torchmd_net import NDeMTorchMDNet
-from ndem_zoo.objectives.supervised import Supervised
+from ndem_zoo.objectives.ndem import NDeM
 from ndem_zoo.safety import Guard, read_dump, replay
 
 TINY = {"hidden_channels": 8, "num_layers": 1, "num_heads": 2, "num_rbf": 4}
@@ -63,11 +64,14 @@ def poisoned(train_set):
     return data
 
 
-class Broken(Supervised):
-    """From half of the training on a term that is 0, and whose derivative is 0 times infinity."""
+class Broken(NDeM):
+    """From half of the training on a term that is 0, and whose derivative is 0 times infinity; knows what it has given."""
+
+    given: ClassVar[list[float]] = []
 
     def forward(self, potential, batch, rng):
         terms = super().forward(potential, batch, rng)
+        self.given.append(float(terms["ndem"].detach()))
         if self.progress >= 0.5:
             weight = potential.energy_head.output_network[0].vec1_proj.weight
             terms["odd"] = (weight * 0).sum().sqrt()
@@ -143,6 +147,7 @@ def test_a_replay_finds_structure_operation_and_remedy(poisoned, tmp_path, capsy
 def test_a_gradient_that_is_not_finite_is_named(train_set):
     """The loss alone would not tell; the weights are those before the step."""
     registry.register(registry.OBJECTIVES, "broken", Broken)
+    Broken.given.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         message = diverge(estimator(objective="broken"), train_set, max_steps=8)
@@ -152,6 +157,8 @@ def test_a_gradient_that_is_not_finite_is_named(train_set):
     found = replay("ndem_zoo-dumps/dump-step-0000000005", anomaly=True)
     assert found.found.parameters == [name]
     assert found.found.loss == pytest.approx(sum(found.recorded.values()), rel=1e-5)
+    assert found.recorded["ndem"] == pytest.approx(Broken.given[4], rel=1e-5), "with the noise of this step"
+    assert len({round(value, 6) for value in Broken.given[:5]}) == 5
     assert "div.Tensor in outside of the modules" in found.operation
     assert "MulBackward0" in found.anomaly
     assert 'terms["odd"]' in found.anomaly, "the line of the operation whose derivative it is"
@@ -183,6 +190,8 @@ def test_on_a_gpu_the_flag_is_read_later_and_the_weights_wait(poisoned, tmp_path
     )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one), "optimizer included"
+    soon, late = (read_dump(tmp_path / name / f"dump-step-{step:010d}").record for name in ("soon", "late"))
+    assert soon["progress"] == late["progress"] == (step - 1) / 40
 
 
 def test_a_finite_run_is_the_same_with_the_flag(train_set, monkeypatch):
