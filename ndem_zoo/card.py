@@ -211,6 +211,7 @@ def _training(config: Mapping[str, Any], history: Sequence[Mapping[str, float]])
         f"- Length: {length}",
         f"- Limits given to `fit`: {(limits or 'none; those of the settings') if 'fit' in past else UNKNOWN}",
         f"- First weights: {begun if past else UNKNOWN}",
+        f"- Deterministic algorithms only: {'yes' if config['resolved']['settings'].get('deterministic') else 'no'}",
         f"- Device: {device}",
         f"- System: {here.get('platform', UNKNOWN)}",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in versions.items()) or UNKNOWN}",

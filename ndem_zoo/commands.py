@@ -153,6 +153,9 @@ def train(
     ] = 1,
     nodes: Annotated[int, typer.Option(help="Machines; torchrun or srun has to start the command on each.")] = 1,
     precision: Annotated[str | None, typer.Option(help="32-true, 64-true or bf16-mixed.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Deterministic algorithms only: the same bits again.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the training in --out, if there is one.")] = False,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard.")] = False,
@@ -179,7 +182,7 @@ def train(
         "seed": seed,
         "device": device,
     }
-    keywords |= {"precision": precision, "progress": not quiet}
+    keywords |= {"precision": precision, "progress": not quiet, "deterministic": deterministic or None}
     estimator = runs.make_model(model, keywords, settings or ())
     sizes = {"n_train": n_train, "n_valid": n_valid, "n_test": n_test, "split": split, "seed": seed}
     reading = runs.Reading(data_dir, not no_download, energy_key, forces_key)
@@ -363,6 +366,33 @@ def md(
         )
     if json is not None:
         save_json(json, summary)
+
+
+@app.command()
+def replay(
+    dump: Annotated[Path, typer.Argument(help="Folder that a training named when it ended.", metavar="DUMP")],
+    precision: Annotated[str | None, typer.Option(help="32-true, 64-true or bf16-mixed; default: as trained.")] = None,
+    anomaly: Annotated[bool, typer.Option("--anomaly", help="Also look at every derivative; slow.")] = False,
+) -> None:
+    """Make a training step that was not finite again, and say where it breaks."""
+    from ndem_zoo import safety
+
+    print(safety.replay(dump, precision=precision, anomaly=anomaly))
+
+
+@app.command()
+def export(
+    model: ModelFolder,
+    out: Annotated[Path, typer.Option(help="File to write: .pt2, or .pt for metatomic.", metavar="FILE")],
+    format: Annotated[str, typer.Option(help="torch_export, aotinductor or metatomic.")] = "torch_export",
+    device: Device = None,
+    precision: Annotated[str | None, typer.Option(help="32-true or 64-true; default: as trained.")] = None,
+) -> None:
+    """Write a model as one file that runs without this package."""
+    from ndem_zoo import runs
+
+    path = runs.load_model(model).export(out, format, device=device, precision=precision)
+    print(f"energy (eV) and forces (eV/Å) as {format} in {path}")
 
 
 @app.command()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ndem_zoo.checkpoint import write_text
 from ndem_zoo.errors import FileFormatError
@@ -17,9 +19,13 @@ class History(list):
     ----------
     interrupted : bool
         Whether Ctrl-C ended it before its limits.
+    spikes : list of dict
+        Steps whose loss was far above its median before: ``step``, ``loss``, ``ratio`` to the median, ``structures`` (rows of
+        the training set); see `safety.Guard`.
     """
 
     interrupted: bool = False
+    spikes: Sequence[dict[str, Any]] = ()
 
 
 class HistoryLog:

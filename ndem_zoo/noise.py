@@ -108,7 +108,7 @@ def gaussian(
     mask = draw_mask(batch, rng, ratio)
     if probability < 1:
         n = batch.n_systems if probability_per == "structure" else 1
-        chosen = torch.rand(n, generator=rng, device=batch.pos.device) < probability
+        chosen = torch.rand(n, generator=rng, device=batch.pos.device, dtype=batch.pos.dtype) < probability
         mask = mask & chosen.expand(batch.n_systems).index_select(0, batch.system)
     normal = torch.randn(batch.pos.shape, generator=rng, device=batch.pos.device, dtype=batch.pos.dtype)
     epsilon = normal * sigmas * mask.unsqueeze(-1)

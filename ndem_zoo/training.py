@@ -37,6 +37,7 @@ from ndem_zoo.metrics import dataset_metrics
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative, check_whole, rows_that_count
 from ndem_zoo.progress import Progress
+from ndem_zoo.safety import Guard, check_workspace, deterministic, gradient_size
 from ndem_zoo.sampling import Collator, Order, load, size_batches, step_seed
 from ndem_zoo.shares import Cutter, Share, ShareRng, Shares
 
@@ -107,6 +108,10 @@ class TrainSettings:
         bfloat16 (training only; validation and prediction are in float32).
     seed
         Of the weights, the order of the data and the noise.
+    deterministic
+        Whether only deterministic algorithms of torch are used during the training; where there is none for an operation, it
+        is an error. On CUDA ``CUBLAS_WORKSPACE_CONFIG`` has to be set. Two runs then end in the same bits on one machine; on
+        a CPU they do so anyway.
 
     Raises
     ------
@@ -137,6 +142,7 @@ class TrainSettings:
     validate_every: int | None = None
     precision: Precision = "32-true"
     seed: int = 0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
@@ -152,6 +158,7 @@ class TrainSettings:
         if self.batch_size is not None or self.max_atoms is None:
             check_whole("batch_size", self.batch_size, 1)
         check_switch("bucket", self.bucket)
+        check_switch("deterministic", self.deterministic)
         if self.prefetch is not None:
             check_switch("prefetch", self.prefetch)
         for name in ("warmup_steps", "plateau_patience", "seed"):
@@ -215,6 +222,7 @@ class State:
     best_step: int = 0
     waited: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    spikes: list[dict[str, Any]] = field(default_factory=list)  # see `safety.Guard`
     summed_steps: int = 0  # steps since the last row of the history, whose terms `Run.sums` holds
 
 
@@ -261,6 +269,7 @@ class Run:
                 f"accumulate must be 1, not {n_shares} shares together (for ndem_curvature, choose another confidence)"
             )
         self.shares = Cutter(self.collate, n_shares, range(self.peers.rank, n_shares, self.peers.size))
+        self.guard = Guard(self)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -308,6 +317,7 @@ class Run:
                 terms = self.forward(share)
                 loss = sum(terms.values())
                 self.backward(loss)
+            self.guard.add(loss)
             for name, term in {"loss": loss, **terms}.items():
                 # float64: the sum of an epoch must not depend on where a resumed run began to add
                 self.sums[name] = self.sums.get(name, 0.0) + term.detach().double()
@@ -344,9 +354,11 @@ class Run:
         self.fabric.backward(loss, inputs=self.trainable)
 
     def update(self) -> None:
-        """New weights, and their average."""
+        """New weights, and their average, if loss and gradient are finite."""
+        norm = None
         if self.settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+        self.guard.look(gradient_size(self.trainable, norm))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
@@ -365,6 +377,7 @@ class Run:
         row = {"epoch": self.epochs, "step": state.step, "seconds": state.seconds}
         row["lr"] = self.learning_rate()
         row |= {f"train_{name}": total / state.summed_steps for name, total in self.totals().items()}
+        row |= self.guard.row()
         self.check_finite(row)
         self.sums, state.summed_steps = {}, 0
         if self.valid_set is not None:
@@ -442,6 +455,7 @@ class Run:
         TrainingError
             If the training has diverged: a checkpoint from which it can go on is not replaced by one from which it cannot.
         """
+        self.guard.settle()
         totals = self.totals()
         self.check_finite({f"the sum of train_{name}": total for name, total in totals.items()})
         if not self.peers.is_first:
@@ -449,6 +463,7 @@ class Run:
         tensors = {f"optimizer.{k}": v for k, v in files.flatten_optimizer(self.optimizer.state_dict()).items()}
         tensors |= {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"sums.{k}": torch.tensor(v, dtype=torch.float64) for k, v in totals.items()}
+        tensors |= {f"guard.{k}": v for k, v in self.guard.tensors().items()}
         if self.ema is not None:
             tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         if self.best is not None:
@@ -502,6 +517,7 @@ class Run:
         self.optimizer.load_state_dict(files.unflatten_optimizer(part("optimizer"), self.optimizer.state_dict()))
         # They are of all processes, and will be added up over all of them.
         self.sums = {name: value.to(device) * self.peers.is_first for name, value in part("sums").items()}
+        self.guard.load(part("guard"))
         if self.ema is not None:
             self.ema.load_state_dict(part("ema"))
         self.best = {name: value.to(device) for name, value in part("best").items()} or None
@@ -524,6 +540,7 @@ def train(
     progress: bool = True,
     callback: Callable[[dict[str, float]], None] | None = None,
     identity: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
 ) -> History:
     """Train a potential in place; it ends with the best weights seen.
 
@@ -556,6 +573,8 @@ def train(
     identity
         What the run depends on besides settings, objective and data, such as the options of the backbone; anything that
         JSON can hold. A checkpoint of a run with another one is not continued.
+    recipe
+        What potential and objective are made of, so that a step that is not finite can be replayed; see `safety.write_dump`.
 
     Returns
     -------
@@ -570,7 +589,9 @@ def train(
     FileFormatError
         If there are checkpoints to resume from, but none can be read.
     TrainingError
-        If the training diverges, or if one of several processes has ended or does not answer.
+        If the training diverges. The step is then in a folder ``dump-step-...`` in `directory`, or else in
+        ``ndem_zoo-dumps`` in the present folder, for `safety.replay`. Or if one of several processes has ended or does not
+        answer.
 
     Notes
     -----
@@ -583,8 +604,11 @@ def train(
         if wanted and directory is None:
             raise ConfigError(f"{name}={wanted!r} needs a checkpoint_dir")
     devices, nodes = check_devices(devices, nodes, device)
+    if settings.deterministic:
+        check_workspace(device)
     with watched(lambda: _how_to_go_on(directory)):
         run = Run(potential, objective, train_set, valid_set, settings, device, devices, nodes)
+        run.guard.directory, run.guard.recipe = directory, recipe
         fingerprint = _fingerprint(settings, objective, train_set, valid_set, identity or {}) if directory else {}
         if directory is not None:
             _prepare(directory, resume, run.peers)
@@ -594,6 +618,7 @@ def train(
         interrupted = _loop(run, directory, fingerprint, checkpoint_every, tensorboard, progress, callback)
     history = History(run.state.history)
     history.interrupted = interrupted and not run.is_over()
+    history.spikes = run.state.spikes
     run.finish()
     potential.eval()
     return history
@@ -624,6 +649,7 @@ def _loop(
     interrupted = False
     log = HistoryLog(directory if is_first else None, tensorboard and is_first, run.state.history)
     with (
+        deterministic(run.settings.deterministic, run.fabric.device),
         contextlib.closing(log),
         Progress(enabled=progress and is_first) as bar,
         _interruptible(run.peers.size) as is_interrupted,

@@ -25,7 +25,7 @@ DOCS = ROOT / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.py"))
 
 #: Modules that cannot be imported without an optional package.
-OPTIONAL = ("ndem_zoo.deepchem", "ndem_zoo.schnetpack", "ndem_zoo.cli", "ndem_zoo.commands")
+OPTIONAL = ("ndem_zoo.deepchem", "ndem_zoo.schnetpack", "ndem_zoo.cli", "ndem_zoo.commands", "ndem_zoo.metatomic")
 #: Hand-written derivatives, for nobody to call: what their tensors are is said at the top of the module.
 INTERNAL = ("ndem_zoo.fused", "ndem_zoo.models.equiformer_v2.passes", "ndem_zoo.models.equiformer_v2.products")
 

@@ -592,7 +592,7 @@ def test_the_run_that_is_compared_with_has_a_past(straight):
     assert state["plateau_scale"] < 1.0
     assert 0 < state["best_step"] < STEPS
     kinds = {name.partition(".")[0] for name in tensors}
-    assert kinds == {"module", "optimizer", "ema", "best"}, "the sums have gone into the last row"
+    assert kinds == {"module", "optimizer", "ema", "best", "guard"}, "the sums have gone into the last row"
     assert any(
         not torch.equal(tensors[f"best.{name}"], tensors[f"ema.module.{name}"])
         for name in straight[1].potential_.state_dict()

@@ -106,6 +106,8 @@ class NDeMModel(BaseEstimator):
         ``"32-true"``, ``"64-true"`` or ``"bf16-mixed"``; see `ndem_zoo.training.TrainSettings`.
     seed : int
         Of weights, order of the data, and noise.
+    deterministic : bool
+        Whether training uses deterministic algorithms of torch only; see `ndem_zoo.training.TrainSettings`.
     batch_size, eval_batch_size, max_atoms, accumulate, bucket, lr, weight_decay, warmup_steps, warmup_factor, schedule, plateau_factor, plateau_patience, min_lr, \
 clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         See `ndem_zoo.training.TrainSettings`. With `max_atoms` and no `batch_size`, only atoms are counted.
@@ -130,6 +132,8 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         One row for each validation.
     interrupted_ : bool
         Whether Ctrl-C ended the last training before its limits.
+    spikes_ : list of dict
+        Steps of the last training whose loss was far above those before; see `ndem_zoo.history.History`.
     reference_ : dict
         Reference energies in eV by chemical symbol, of all elements of the training data.
     resolved_ : dict
@@ -163,6 +167,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         device: str = "auto",
         precision: str = "32-true",
         seed: int = 0,
+        deterministic: bool = False,
         batch_size: int | None = None,
         eval_batch_size: int | None = None,
         max_atoms: int | None = None,
@@ -204,6 +209,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         self.device = device
         self.precision = precision
         self.seed = seed
+        self.deterministic = deterministic
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.max_atoms = max_atoms
@@ -463,10 +469,11 @@ callback, devices, nodes
                 progress=self.progress,
                 callback=None if callback is None else whole,
                 identity=_plain(identity | {"reference_energies": self.resolved_["reference_energies"]}),
+                recipe={"model": type(self).__name__, "resolved": _plain(self.resolved_)},
                 **options,
             )
         self.history_ = [*getattr(self, "history_", []), *history]
-        self.interrupted_ = history.interrupted
+        self.interrupted_, self.spikes_ = history.interrupted, list(history.spikes)
         return self
 
     def _checked(
@@ -526,7 +533,9 @@ callback, devices, nodes
                 raise ConfigError(f"forces={self.forces!r} with target={merged['target']!r}: only an energy has forces")
             merged["forces"] = "none"
         settings = {name: merged[name] for name in _SETTINGS if name in merged}
-        settings |= {name: getattr(self, name) for name in ("precision", "seed", "prefetch", "accumulate")}
+        settings |= {
+            name: getattr(self, name) for name in ("precision", "seed", "prefetch", "accumulate", "deterministic")
+        }
         if self.max_atoms is not None and self.batch_size is None:
             settings["batch_size"] = None
         if self.nb_epoch is not None or self.max_steps is not None:
@@ -854,6 +863,39 @@ callback, devices, nodes
             files.write_text(
                 folder / "card.md", model_card(config, potential.n_parameters, self.history_, float(potential.shift))
             )
+
+    def export(
+        self,
+        path: str | os.PathLike,
+        format: str = "torch_export",
+        *,
+        device: str | None = None,
+        precision: str | None = None,
+    ) -> Path:
+        """Write the fitted model as one file that runs without this package.
+
+        Parameters
+        ----------
+        path, device, precision
+            See `ndem_zoo.export.export_model`.
+        format
+            ``"torch_export"``, a program for `torch.export.load`; ``"aotinductor"``, the same compiled for this kind of
+            processor (torch 2.6 or later and a C++ compiler); ``"metatomic"``, for LAMMPS, i-PI and ASE through metatomic.
+
+        Returns
+        -------
+        path : Path
+            The file.
+
+        Raises
+        ------
+        ConfigError
+            If the model cannot be exported: it has a prior, predicts something else than energies, or its backbone cannot
+            be traced.
+        """
+        from ndem_zoo.export import export_model  # here: torch's compiler takes long to import
+
+        return export_model(self, path, format, device=device, precision=precision)
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: str | None = None) -> NDeMModel:
