@@ -35,7 +35,7 @@ from ndem_zoo.history import History, HistoryLog
 from ndem_zoo.inference import predict_columns
 from ndem_zoo.metrics import dataset_metrics
 from ndem_zoo.models.potential import Potential
-from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative, check_whole, rows_that_count
+from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative, check_whole
 from ndem_zoo.progress import Progress
 from ndem_zoo.safety import Guard, check_workspace, deterministic, gradient_size
 from ndem_zoo.sampling import Collator, Order, load, size_batches, step_seed
@@ -340,11 +340,7 @@ class Run:
             self.potential.backbone.rng = None
         if cut is None:
             return terms
-        with torch.no_grad():
-            rows = self.objective.rows(cut.whole, self.rng.manual_seed(step_seed(seed, step)))
-            free = rows_that_count(~cut.whole.fixed, cut.whole)
-            weights = {name: cut.fraction(rows.get(name, free)) for name in terms}
-        return {name: weights[name].to(term.dtype) * term for name, term in terms.items()}
+        return self.objective.counted(terms, cut, self.rng.manual_seed(step_seed(seed, step)))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a share's loss, a scalar, to that of the step."""

@@ -317,6 +317,18 @@ def test_check_objective_catches_a_missing_detach():
         testing.check_objective(MisspelledDetach)
 
 
+class UntoldRows(NDeM):
+    """A mean over the moved atoms alone, which `rows` does not tell."""
+
+    def rows(self, batch, rng):
+        return {}
+
+
+def test_check_objective_catches_means_over_rows_that_are_not_told():
+    with pytest.raises(AssertionError, match=r"shares_add_up: .*term (energy|ndem), added up over two shares"):
+        testing.check_objective(UntoldRows, {"loss_on": "masked"})
+
+
 def test_check_dataset_catches_a_missing_conversion(tmp_path):
     case = extxyz_case(tmp_path)
     known = {name: getattr(case, name) for name in ("row", "positions", "train_rows", "energy", "forces")}

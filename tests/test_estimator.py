@@ -24,6 +24,7 @@ from ndem_zoo import checkpoint as files
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError, NotFittedError, UnitsWarning
 from ndem_zoo.models import estimator as module
+from ndem_zoo.models.estimator import elements_of
 from ndem_zoo.models.torchmd_net import NDeMTorchMDNet
 from ndem_zoo.objectives.ndem import NDeMOptions
 from ndem_zoo.presets import PRESETS
@@ -1014,3 +1015,10 @@ def test_unknown_elements_on_request(fitted, train_set, tmp_path):
         lenient.predict(beyond)
     with pytest.raises(ConfigError, match="unknown_elements='ignore'; allowed are 'error' and 'warn'"):
         estimator(unknown_elements="ignore").fit(train_set)
+
+
+def test_elements_are_found_block_by_block(monkeypatch):
+    z = np.random.default_rng(0).integers(1, 119, 100).astype(np.uint8)
+    monkeypatch.setattr("ndem_zoo.models.estimator.ATOMS_AT_ONCE", 7)
+    for part in (z, z[:14], z[:1], z[:0]):
+        assert elements_of(part).tolist() == np.unique(part).tolist()

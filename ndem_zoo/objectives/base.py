@@ -24,6 +24,7 @@ from ndem_zoo.models.base import Head
 from ndem_zoo.models.potential import Potential, Prediction
 from ndem_zoo.noise import Noise, SigmaPer, SigmaSample, gaussian, masked_gaussian
 from ndem_zoo.physics import safe_norm
+from ndem_zoo.shares import Cut
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
@@ -242,6 +243,8 @@ class Objective(nn.Module, ABC):
     extra_requirements: ClassVar[frozenset[str]] = frozenset()
     #: Whether there is a term besides the supervised ones, which pre-training could learn.
     has_auxiliary_term: ClassVar[bool] = True
+    #: Whether all that it draws is drawn for atoms and structures, such that a batch in shares has the noise of the whole.
+    shares_noise: ClassVar[bool] = True
     #: Attribute with the head that tells the noise of a structure, and its sign: +1 if it gives epsilon / sigma, -1 if minus
     #: that. It is taken over from a pre-trained model, negated where the signs differ.
     denoises_with: ClassVar[tuple[str, int] | None] = ("noise_head", 1)
@@ -335,6 +338,23 @@ class Objective(nn.Module, ABC):
             (S,) float64, by the name of the term; terms that `forward` does not return do not matter.
         """
         return {self.supervised.target: torch.ones(batch.n_systems, dtype=torch.float64, device=batch.pos.device)}
+
+    def counted(self, terms: dict[str, Tensor], cut: Cut, rng: torch.Generator) -> dict[str, Tensor]:
+        """The terms of a share, each times its part of the rows that the term is a mean over in the whole batch.
+
+        Parameters
+        ----------
+        terms
+            Scalars, what `forward` returned for the share.
+        cut
+            What the share is a share of.
+        rng
+            As it was for the whole batch, before anything was drawn.
+        """
+        with torch.no_grad():
+            rows, free = self.rows(cut.whole, rng), rows_that_count(~cut.whole.fixed, cut.whole)
+            parts = {name: cut.fraction(rows.get(name, free)) for name in terms}
+        return {name: parts[name].to(term.dtype) * term for name, term in terms.items()}
 
     def denoising_head(self) -> tuple[Head, int] | None:
         """The head that `denoises_with` names and its sign; None if there is none."""

@@ -88,6 +88,7 @@ class GeoSSL(Objective):
     """
 
     Options: ClassVar[type] = GeoSSLOptions
+    shares_noise: ClassVar[bool] = False
 
     def build(self, potential: Potential, dataset: Any = None) -> None:
         """Make the head, and the levels of noise."""

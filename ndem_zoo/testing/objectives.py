@@ -26,6 +26,8 @@ from ndem_zoo.objectives.base import Objective, SupervisedLoss
 from ndem_zoo.objectives.ndem import NDeM
 from ndem_zoo.physics import BOLTZMANN, MAX_Z
 from ndem_zoo.registry import OBJECTIVES, lookup
+from ndem_zoo.sampling import Collator, step_seed
+from ndem_zoo.shares import Cutter, ShareRng
 from ndem_zoo.testing.backbones import BackboneCase
 from ndem_zoo.testing.common import (
     ROUNDING,
@@ -254,6 +256,24 @@ def weight_scales_the_rest(case: ObjectiveCase) -> None:
         require_close(double[name].reshape(1), factor * value.reshape(1), ROUNDING, f"term {name} at weight 2")
 
 
+def shares_add_up(case: ObjectiveCase) -> None:
+    """Catches means over rows that `Objective.rows` does not tell, and noise that depends on who else is in the batch."""
+    objective, potential = case.build()
+    if objective.needs_whole_batch or not objective.shares_noise:
+        return
+    dataset, backbone = columns_of(case.batch()), potential.backbone
+    collate = Collator(dataset, backbone.cutoff, torch.float64, nearest=backbone.nearest, device=case.device)
+    indices = np.arange(len(dataset))
+    expected = objective(potential, collate(indices), case.rng(step_seed(0, 0)))
+    found: dict[str, float] = dict.fromkeys(expected, 0.0)
+    for share in Cutter(collate, 2, range(2))(indices):
+        terms = objective(potential, share.batch, ShareRng(share.cut, 0, 0))
+        for name, term in objective.counted(terms, share.cut, case.rng(step_seed(0, 0))).items():
+            found[name] = found[name] + term
+    for name, value in expected.items():
+        require_close(found[name].reshape(1), value.reshape(1), ROUNDING, f"term {name}, added up over two shares")
+
+
 def schedule(case: ObjectiveCase) -> None:
     """Catches schedules that start or end at the wrong weight."""
     expected = {"constant": (0.5, 0.5, 0.5), "decay": (0.5, 0.475, 0.0), "warmup": (0.0, 0.25, 0.5)}
@@ -330,6 +350,7 @@ OBJECTIVE_PROBES: list[Probe] = [
     nothing_else_changes,
     weight_zero_is_supervised,
     weight_scales_the_rest,
+    shares_add_up,
     schedule,
     requirements,
     inference_is_unaffected,
