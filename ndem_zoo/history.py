@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
-from ndem_zoo.checkpoint import write_text
+from ndem_zoo.checkpoint import write_text, writing
 from ndem_zoo.errors import FileFormatError
 from ndem_zoo.optional import require
 
@@ -44,7 +45,7 @@ class HistoryLog:
             self._header = _header(self._rows)
             write_history(self._path, self._rows)
         elif self._path is not None:
-            with self._path.open("a", newline="", encoding="utf-8") as file:
+            with writing(self._path), self._path.open("a", newline="", encoding="utf-8") as file:
                 file.write(_line(row, self._header))
         if self._board is not None:
             for name, value in row.items():
@@ -78,10 +79,20 @@ def read_history(path: Path) -> list[dict[str, float]]:
     Raises
     ------
     FileFormatError
-        If a cell is not a number.
+        If a cell is not a number, or the last line is cut off.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        try:
-            return [{name: float(value) for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
-        except (TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} is damaged: {error}") from error
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text and not text.endswith("\n"):
+            raise FileFormatError(f"{path} is damaged: its last line is cut off")
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        return [{name: _number(value) for name, value in row.items() if value != ""} for row in rows]
+    except (TypeError, ValueError, csv.Error) as error:
+        if isinstance(error, FileFormatError):
+            raise
+        raise FileFormatError(f"{path} is damaged: {error}") from error
+
+
+def _number(text: str) -> float:
+    """A cell: whole numbers, such as steps, stay whole."""
+    return int(text) if text.isdigit() else float(text)

@@ -6,8 +6,6 @@ must have the official checksum. Nothing here knows what the numbers mean, and n
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -17,13 +15,13 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
+from ndem_zoo.checkpoint import file_digest
 from ndem_zoo.errors import DataError, DataWarning, FileFormatError
 
 #: Environment variable with the folder for downloads.
@@ -110,40 +108,6 @@ class DatasetCard:
     homepage: str = ""
     files: Mapping[str, RemoteFile] = field(default_factory=dict)
     atom_references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-def file_digest(path: str | os.PathLike, algorithm: str = "sha256") -> str:
-    """Checksum of a file as hexadecimal digits."""
-    digest = hashlib.new(algorithm)
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def whole_file(path: Path, text: bool = False) -> Iterator[IO]:
-    """Open a file that appears under its name when all of it is on the disk, or not at all.
-
-    Parameters
-    ----------
-    path
-        Its name; folders that are missing are made.
-    text
-        Whether it takes text (UTF-8) instead of bytes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w" if text else "wb", encoding="utf-8" if text else None) as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)  # as other new files; mkstemp's are for the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def data_folder(data_dir: str | os.PathLike | None = None) -> Path:

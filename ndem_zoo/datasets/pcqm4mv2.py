@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers
 
+from ndem_zoo.checkpoint import file_digest
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.datasets.cache import open_cached
-from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, file_digest, find_file
+from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, find_file
 from ndem_zoo.datasets.sdf import Entry, iter_sdf
 from ndem_zoo.errors import ConfigError, DataError, FileFormatError
 

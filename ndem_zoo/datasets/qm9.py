@@ -22,9 +22,10 @@ import numpy as np
 from ase import units
 from ase.data import atomic_numbers
 
+from ndem_zoo.checkpoint import file_digest
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.datasets.cache import open_cached
-from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, file_digest, find_file, read_npz
+from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, find_file, read_npz
 from ndem_zoo.datasets.sdf import iter_sdf
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError
 

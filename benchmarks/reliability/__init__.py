@@ -1,0 +1,1 @@
+"""What the package does when processes die, disks fill up, files are damaged, input is bad, and runs are long."""
