@@ -82,15 +82,14 @@ def run(
         os.close(read)
         _be_the_child(function, write)
     os.close(write)
-    begin = time.monotonic()
-    end = begin + (seconds if kill_after is None else kill_after)
+    end = time.monotonic() + (seconds if kill_after is None else kill_after)
     text, killed = bytearray(), False
     with os.fdopen(read, "rb", buffering=0) as stream:
         while True:
-            ready, _, _ = select.select([stream], [], [], max(0.0, end - time.monotonic()))
-            if not ready and not killed:
+            waiting = None if killed else max(0.0, end - time.monotonic())
+            if not select.select([stream], [], [], waiting)[0]:
                 os.kill(number, signal.SIGKILL)
-                killed, end = True, float("inf") if False else time.monotonic() + 60.0
+                killed = True
                 continue
             chunk = stream.read(1 << 16)
             if not chunk:
