@@ -87,7 +87,7 @@ def read_history(path: Path) -> list[dict[str, float]]:
             raise FileFormatError(f"{path} is damaged: its last line is cut off")
         rows = csv.DictReader(io.StringIO(text, newline=""))
         return [{name: _number(value) for name, value in row.items() if value != ""} for row in rows]
-    except (TypeError, ValueError, csv.Error) as error:
+    except (AttributeError, TypeError, ValueError, csv.Error) as error:  # too many cells, too few, other text
         if isinstance(error, FileFormatError):
             raise
         raise FileFormatError(f"{path} is damaged: {error}") from error

@@ -489,11 +489,14 @@ def read_reference(source: Any) -> ReferenceEnergies | None:
         values = json.loads(path.read_bytes()) if path.suffix == ".json" else read_plain(path.read_bytes())
     except FileFormatError as error:
         raise FileFormatError(f"{path} {error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is not JSON ({error})") from error
     if not isinstance(values, dict):
         raise FileFormatError(f"{path} holds {type(values).__name__}; needed is a dict of energies")
-    return ReferenceEnergies(values)
+    try:
+        return ReferenceEnergies(values)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def linear_reference(path: str | os.PathLike) -> dict[str, float]:

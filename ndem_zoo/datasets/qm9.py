@@ -499,7 +499,7 @@ def _iter_sdf(source: Path) -> Iterator[_Molecule]:
     try:
         table = pd.read_csv(path)
         names = [_CSV_NAMES.get(name, name) for name in COLUMNS]
-        ids, values = table["mol_id"].astype(str), table[names].to_numpy(dtype=np.float64)
+        ids, values = table["mol_id"].astype(str).to_numpy(), table[names].to_numpy(dtype=np.float64)
     except (KeyError, ValueError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{path} is not MoleculeNet's table of QM9 ({error})") from error
     n = -1

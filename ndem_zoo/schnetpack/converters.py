@@ -19,7 +19,7 @@ from ase.data import atomic_numbers
 from torch import Tensor
 
 from ndem_zoo.datasets.base import MolecularDataset
-from ndem_zoo.errors import DataError
+from ndem_zoo.errors import DataError, FileFormatError
 from ndem_zoo.graph import PER_ATOM, Batch, within
 from ndem_zoo.optional import require
 from ndem_zoo.properties import property_of
@@ -118,12 +118,24 @@ def read_ase_db(path: str | os.PathLike, *, names: Mapping[str, str] | None = No
     ------
     DataError
         If there is no such file, or a property whose unit is known here has none there or one of another kind.
+    FileFormatError
+        If the file is damaged.
     """
     if not Path(path).is_file():
         raise DataError(f"{path}: there is no such file")
-    names = dict(names or {})
     data = require("schnetpack.data", extra="schnetpack")
-    file = data.ASEAtomsData(str(path), distance_unit="Ang")
+    try:
+        return _dataset_of(path, data.ASEAtomsData(str(path), distance_unit="Ang"), dict(names or {}))
+    except DataError:
+        raise
+    # Pitfall: of a damaged file SQLite, ASE's reader and SchNetPack's raise whatever they trip over.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FileFormatError(f"{path} is damaged or no database of SchNetPack's ({reason[:300]})") from error
+
+
+def _dataset_of(path: str | os.PathLike, file: Any, names: Mapping[str, str]) -> MolecularDataset:
+    """All structures of an open database."""
     factors = {p: _factor(unit, _unit_of(names.get(p, p)), f"{path}: {p}") for p, unit in file.units.items()}
     rows = list(file.iter_properties())
     if not rows:
