@@ -587,6 +587,6 @@ def test_flipped_bits_in_pages_never_end_the_process(tmp_path):
             found["same" if pages_of(path) == intact else "other"] += 1
         except FileFormatError:
             found["refused"] += 1
-    assert found["refused"] > 100
+    assert found["refused"] > 50
     assert found["same"] > 50
     assert found["other"] < 100  # values, which have no checksums
