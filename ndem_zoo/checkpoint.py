@@ -97,17 +97,19 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
-    """Give a whole folder its name; what had it before goes away afterwards."""
+    """Give a whole folder its name; what had it before goes away when that has reached the disk, else it comes back."""
     old = _beside(path, ".old")
     if path.exists():
         os.replace(path, old)
     try:
         os.replace(temporary, path)
+        _sync(path.parent)
     except OSError:
+        if path.exists():
+            os.replace(path, temporary)
         if old.exists():
             os.replace(old, path)
         raise
-    _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

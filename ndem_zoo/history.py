@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from pathlib import Path
 
 from ndem_zoo.checkpoint import write_text, writing
@@ -45,8 +46,13 @@ class HistoryLog:
             self._header = _header(self._rows)
             write_history(self._path, self._rows)
         elif self._path is not None:
-            with writing(self._path), self._path.open("a", newline="", encoding="utf-8") as file:
-                file.write(_line(row, self._header))
+            size = self._path.stat().st_size
+            try:
+                with writing(self._path), self._path.open("a", newline="", encoding="utf-8") as file:
+                    file.write(_line(row, self._header))
+            except OSError:
+                os.truncate(self._path, size)  # no half rows
+                raise
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, int(row["step"]))

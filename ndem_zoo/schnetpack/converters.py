@@ -6,9 +6,12 @@ direction and one meaning in both: from the center i = `dst` to the neighbor j =
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import sqlite3
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 from torch import Tensor
 
+from ndem_zoo.checkpoint import writing
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import DataError, FileFormatError
 from ndem_zoo.graph import PER_ATOM, Batch, within
@@ -89,7 +93,7 @@ def write_ase_db(
     if dataset.fixed is not None:
         table[CONSIDERED] = None
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
+    with writing(path), _sqlite(), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
         unfinished = os.path.join(folder, path.name)
         data = require("schnetpack.data", extra="schnetpack")
         references = _references(dataset, names, factors)
@@ -102,6 +106,17 @@ def write_ase_db(
             os.fsync(stream.fileno())
         os.replace(unfinished, path)
     return path
+
+
+@contextlib.contextmanager
+def _sqlite() -> Iterator[None]:
+    """A database that a full disk does not take raises the system's error."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "full" in str(error) or "disk I/O" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
 
 
 def read_ase_db(path: str | os.PathLike, *, names: Mapping[str, str] | None = None) -> MolecularDataset:
