@@ -181,7 +181,7 @@ def full_disk(quick: bool, folder: Path, seed: int) -> dict[str, Any]:
     table, skipped = {}, {}
     for name, writer in WRITERS.items():
         rng = np.random.default_rng([seed, len(table)])
-        table[name] = one_writer(writer, folder / f"writer-{len(table)}", 2 if quick else 8, rng)
+        table[name] = one_writer(writer, folder / f"writer-{len(table)}", 1 if quick else 8, rng)
     with small_disk(folder / "small") as (place, reason):
         if reason:
             skipped["small file system"] = reason
@@ -201,7 +201,7 @@ def one_writer(writer: Writer, folder: Path, n: int, rng: np.random.Generator) -
     before, sizes, flushes, allowed = prepared(writer, folder)
     found: dict[str, list[str]] = {"size of files": [], "failing flush": []}
     for number in range(n):
-        limit = 0 if not number else int(rng.integers(max(sizes)))
+        limit = 0 if number == 1 else int(rng.integers(max(sizes)))
         work = shutil.copytree(before, folder / "work")
         found["size of files"].append(case(writer, work, functools.partial(limit_sizes, limit), allowed))
         shutil.rmtree(work)

@@ -41,11 +41,11 @@ Write = Callable[[Path], None]
 def kills(quick: bool, folder: Path, seed: int) -> dict[str, Any]:
     """All ways to die; with `quick` a few of each."""
     parts = {
-        "at random moments": random_moments(folder / "moments", 4 if quick else 30, seed),
-        "at file operations of a training": at_operations(folder / "training", TRAINING, 12 if quick else 1),
-        "within a write of a training": within_writes(folder / "writes", 3 if quick else 20, seed),
-        "while a model is replaced": at_operations(folder / "model", MODEL, 5 if quick else 1),
-        "while a store is written": at_operations(folder / "store", STORE, 12 if quick else 1),
+        "at random moments": random_moments(folder / "moments", 3 if quick else 30, seed),
+        "at file operations of a training": at_operations(folder / "training", TRAINING, 15 if quick else 1),
+        "within a write of a training": within_writes(folder / "writes", 2 if quick else 20, seed),
+        "while a model is replaced": at_operations(folder / "model", MODEL, 9 if quick else 1),
+        "while a store is written": at_operations(folder / "store", STORE, 16 if quick else 1),
     }
     total = {name: sum(part[name] for part in parts.values()) for name in COUNTED}
     return total | {"parts": parts, "report": report(parts)}
