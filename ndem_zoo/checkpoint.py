@@ -269,11 +269,20 @@ def load_record(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise FileFormatError(f"{path} is damaged: it holds a {type(record).__name__}, needed is an object")
     expected = record.pop(CHECKSUM, None)
-    if expected is not None and expected != _content_digest(record):
+    if expected != _content_digest(record) if expected is not None else _has_checksum_of_another_name(record):
         raise FileFormatError(
             f"{path} is damaged: its content does not have its checksum; if you changed it on purpose, take out {CHECKSUM!r}"
         )
     return record
+
+
+def _has_checksum_of_another_name(record: dict[str, Any]) -> bool:
+    """Whether an entry is the checksum of all others, so that the damage is in its name."""
+    return any(
+        value == _content_digest({k: v for k, v in record.items() if k != key})
+        for key, value in record.items()
+        if isinstance(value, str) and len(value) == 64
+    )
 
 
 def _content_digest(content: dict[str, Any]) -> str:

@@ -13,8 +13,6 @@ import sys
 import tarfile
 import tempfile
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -288,7 +286,8 @@ def read_npz(path: str | os.PathLike, required: Iterable[str], optional: Iterabl
             return {key: archive[key] for key in wanted}
     except (FileNotFoundError, FileFormatError):
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+    # Pitfall: of a damaged archive zipfile and numpy raise whatever they trip over (NotImplementedError, KeyError, ...).
+    except Exception as error:
         is_pickle = "Object arrays" in str(error)
         reason = (
             "holds pickled objects, which are never loaded" if is_pickle else "is damaged, truncated or no npz file"
