@@ -472,7 +472,7 @@ def test_histories_on_disk(tmp_path):
     assert read_history(tmp_path / "h.csv") == rows
     write_history(tmp_path / "h.csv", [])
     assert read_history(tmp_path / "h.csv") == []
-    for content in ("a,b\n1,x\n", "a,b\n1\n", "a,b\n1,2,3\n"):
+    for content in ("a,b\n1,x\n", "a,b\n1\n", "a,b\n1,2,3\n", "a,b\n1,2\n3,4"):
         (tmp_path / "h.csv").write_text(content)
         with pytest.raises(FileFormatError, match=r"h\.csv is damaged"):
             read_history(tmp_path / "h.csv")
