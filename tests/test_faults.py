@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks.reliability import runner
+from ndem_zoo.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,6 +81,49 @@ def test_files_of_ours_never_give_other_values(report):
     assert all(row["protection"] == "" for row in kinds.values() if row["undetectable"])
     newest = kinds["resuming beside a damaged newest checkpoint"]
     assert newest["same"] == newest["cases"] >= 2
+
+
+def last(content: bytes, old: bytes, new: bytes) -> bytes:
+    """The last occurrence replaced."""
+    head, found, tail = content.rpartition(old)
+    assert found
+    return head + new + tail
+
+
+def packed_in_another_way(content: bytes) -> bytes:
+    """An archive whose last part claims a method that nobody knows, in both of its headers."""
+    changed = bytearray(content)
+    for mark, place in ((b"PK\x01\x02", 10), (b"PK\x03\x04", 8)):
+        changed[content.rindex(mark) + place] = 77
+    return bytes(changed)
+
+
+#: Damage that once went unnoticed, or ended in an error of somebody else's: kind, file, what is done to it.
+FOUND = {
+    "checksum behind the last molecule": ("PCQM4Mv2 tar.gz, csv.gz", "pcqm4m-v2-train.sdf.tar.gz", lambda c: c[:-8] + bytes(8)),
+    "end behind the last molecule": ("QM9 tar.bz2", "dsgdb9nsd.xyz.tar.bz2", lambda c: c[:-2]),
+    "name of an array": ("predictions.npz", "predictions.npz", lambda c: last(c, b"target.energy", b"tarfet.energy")),
+    "packed in another way": ("MD17 npz", "md17_ethanol.npz", packed_in_another_way),
+    "empty log": ("OC20 extxyz.xz, txt.xz", "0.txt.xz", lambda c: b""),
+    "energy that is text": ("extxyz", "frames.extxyz", lambda c: c.replace(b"REF_energy=-", b"REF_energy=?", 1)),
+    "too many cells": ("history.csv of a run", "history.csv", lambda c: last(c, b".", b",")),
+    "more columns than names": ("QM9 sdf, csv", "gdb9.sdf.csv", lambda c: c.replace(b"mol_id,", b"molLid.", 1)),
+    "name that is none": ("OC20 reference json", "oc20_ref.json", lambda c: c.replace(b"random7", b"raodom7", 1)),
+    "name of the checksum": ("record (split, metrics)", "split.json", lambda c: c.replace(b"checksum", b"checksul", 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_damage_that_was_found(tmp_path, name):
+    from benchmarks.reliability.specimens import KINDS
+
+    kind, file, hurt = FOUND[name]
+    KINDS[kind].make(tmp_path)
+    KINDS[kind].load(tmp_path)
+    path = tmp_path / file
+    path.write_bytes(hurt(path.read_bytes()))
+    with pytest.raises(DataError, match=Path(file).stem):
+        KINDS[kind].load(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ would they notice?

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -255,6 +256,12 @@ def _from_archive(card: DatasetCard, file: str, folder: Path) -> Path:
                 os.unlink(target.name)
                 raise
     return folder / file
+
+
+def drain(stream: IO[bytes]) -> None:
+    """Read a packed stream to its end: only there its checksum is compared, and an archive in it may end before."""
+    while stream.read(1 << 20):
+        pass
 
 
 def read_npz(path: str | os.PathLike, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, np.ndarray]:

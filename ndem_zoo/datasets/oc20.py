@@ -711,6 +711,8 @@ def _text(path: Path, span: tuple[int, int] | None, name: str) -> str:
             file.seek(span[0])
         raw = file.read() if span is None else file.read(span[1])
     is_compressed = raw[:6] == b"\xfd7zXZ\x00"
+    if span is None and path.suffix == ".xz" and not is_compressed:
+        raise FileFormatError(f"{path} is damaged or truncated: it does not begin as an xz file does")
     try:
         return (lzma.decompress(raw) if is_compressed else raw).decode("utf-8")
     except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:

@@ -24,7 +24,7 @@ from ase.data import atomic_numbers
 from ndem_zoo.checkpoint import file_digest
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.datasets.cache import open_cached
-from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, find_file
+from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, drain, fetch, find_file
 from ndem_zoo.datasets.sdf import Entry, iter_sdf
 from ndem_zoo.errors import ConfigError, DataError, FileFormatError
 
@@ -232,6 +232,7 @@ def _iter_entries(source: Path) -> Iterator[Entry]:
                 if file is not None:
                     text = (line.decode("ascii", errors="replace") for line in file)
                     yield from iter_sdf(text, f"{source}: {member.name}")
+            drain(stream)
     except FileNotFoundError:
         raise
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:

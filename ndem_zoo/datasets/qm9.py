@@ -25,7 +25,7 @@ from ase.data import atomic_numbers
 from ndem_zoo.checkpoint import file_digest
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.datasets.cache import open_cached
-from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, find_file, read_npz
+from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, drain, fetch, find_file, read_npz
 from ndem_zoo.datasets.sdf import iter_sdf
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError
 
@@ -448,6 +448,7 @@ def _iter_archive(source: Path) -> Iterator[_Molecule]:
                 file = tar.extractfile(member) if member.isfile() else None
                 if file is not None:
                     yield _read_xyz(file.read().decode("ascii", errors="replace"), f"{source}: {member.name}")
+            drain(stream)
     except (tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
