@@ -89,8 +89,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    _sync(file)
-            _sync(temporary)
+                    sync(file)
+            sync(temporary)
             _put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,7 +103,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         os.replace(path, old)
     try:
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError:
         if path.exists():
             os.replace(path, temporary)
@@ -341,8 +341,8 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{suffix}")
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+def sync(path: str | os.PathLike) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

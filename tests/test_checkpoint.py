@@ -108,14 +108,14 @@ def test_a_failing_rename_leaves_one_whole_folder(tmp_path, monkeypatch, call):
 def test_a_folder_that_is_not_flushed_under_its_name_gives_it_back(tmp_path, monkeypatch):
     with files.atomic_folder(tmp_path / "model") as folder:
         (folder / "a").write_text("old")
-    sync = files._sync
+    sync = files.sync
 
     def failing(path):
         if path == tmp_path:
             raise OSError(errno.EIO, "input/output error")
         sync(path)
 
-    monkeypatch.setattr(files, "_sync", failing)
+    monkeypatch.setattr(files, "sync", failing)
     with pytest.raises(StorageError, match="model"), files.atomic_folder(tmp_path / "model") as folder:
         (folder / "a").write_text("new")
     assert (tmp_path / "model" / "a").read_text() == "old"

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ndem_zoo.checkpoint import load_record, save_record, writing
+from ndem_zoo.checkpoint import load_record, save_record, sync, writing
 from ndem_zoo.datasets.base import MolecularDataset, _atom_rows, _frozen, _integers
 from ndem_zoo.datasets.checks import blocks, check_structures, check_targets
 from ndem_zoo.datasets.files import DatasetCard
@@ -323,7 +323,8 @@ class StoreWriter:
 
     def _write_journal(self) -> None:
         save_record(self.folder / JOURNAL, self._record())
-        _sync(self.folder)
+        with writing(self.folder):
+            sync(self.folder)
 
     def finish(self) -> MolecularDataset:
         """Turn what is committed into a store, and open it.
@@ -346,7 +347,8 @@ class StoreWriter:
                 file.flush()
                 os.fsync(file.fileno())
         save_record(self.folder / RECORD, self._record())
-        _sync(self.folder)
+        with writing(self.folder):
+            sync(self.folder)
         (self.folder / JOURNAL).unlink()
         (self.folder / LOCK).unlink()
         self.close()
@@ -468,15 +470,6 @@ def _card_record(card: DatasetCard | None) -> dict[str, Any] | None:
     names = ("name", "description", "theory", "licence", "homepage")
     record = {name: getattr(card, name) for name in names}
     return record | {"units": dict(card.units), "citation": list(card.citation)}
-
-
-def _sync(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --------------------------------------------------------------------------------------------------------------- reading
