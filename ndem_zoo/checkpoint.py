@@ -268,21 +268,20 @@ def load_record(path: str | os.PathLike) -> dict[str, Any]:
     record = load_json(path)
     if not isinstance(record, dict):
         raise FileFormatError(f"{path} is damaged: it holds a {type(record).__name__}, needed is an object")
-    expected = record.pop(CHECKSUM, None)
-    if expected != _content_digest(record) if expected is not None else _has_checksum_of_another_name(record):
+    # Were only the entry of this name looked for, damage to the name would leave the record without a checksum.
+    checksums = [key for key in record if _is_checksum_of_the_others(record, key)]
+    if checksums != [CHECKSUM] * (CHECKSUM in record):
         raise FileFormatError(
             f"{path} is damaged: its content does not have its checksum; if you changed it on purpose, take out {CHECKSUM!r}"
         )
+    record.pop(CHECKSUM, None)
     return record
 
 
-def _has_checksum_of_another_name(record: dict[str, Any]) -> bool:
-    """Whether an entry is the checksum of all others, so that the damage is in its name."""
-    return any(
-        value == _content_digest({k: v for k, v in record.items() if k != key})
-        for key, value in record.items()
-        if isinstance(value, str) and len(value) == 64
-    )
+def _is_checksum_of_the_others(record: dict[str, Any], key: str) -> bool:
+    """Whether an entry is the checksum of all other entries."""
+    is_one = isinstance(record[key], str) and len(record[key]) == 64
+    return is_one and record[key] == _content_digest({k: v for k, v in record.items() if k != key})
 
 
 def _content_digest(content: dict[str, Any]) -> str:
