@@ -305,7 +305,9 @@ def checkpoints(directory: str | os.PathLike) -> list[Path]:
 def remove_old_checkpoints(directory: str | os.PathLike, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for path in checkpoints(directory)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
+        old = _beside(path, ".old")  # so that none is half there under its name
+        os.replace(path, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(directory: str | os.PathLike) -> None:

@@ -245,6 +245,19 @@ def test_checkpoints_are_sorted_by_step_and_old_ones_removed(tmp_path):
     assert files.checkpoints(tmp_path / "absent") == []
 
 
+def test_an_old_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    """A process that dies while it deletes one leaves no half of it among the checkpoints."""
+    for step in (2, 4):
+        files.checkpoint_path(tmp_path, step).mkdir()
+        (files.checkpoint_path(tmp_path, step) / "trainer.json").write_text("{}")
+    monkeypatch.setattr("shutil.rmtree", lambda path, **options: (path / "trainer.json").unlink())  # and no further
+    files.remove_old_checkpoints(tmp_path, 1)
+    assert files.checkpoints(tmp_path) == [files.checkpoint_path(tmp_path, 4)]
+    monkeypatch.undo()
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == {"step-0000000004"}
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 

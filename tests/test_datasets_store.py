@@ -521,3 +521,12 @@ def test_no_store(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no store"):
         open_store(tmp_path)
     assert not is_store(tmp_path)
+
+
+def test_a_writer_that_died_in_its_first_journal_left_nothing_in_the_way(tmp_path):
+    (tmp_path / "store").mkdir()
+    for name in (".journal.json.12ab.tmp", ".store.json.34cd.tmp"):
+        (tmp_path / "store" / name).write_text('{"format": "nd')
+    make().save(tmp_path / "store")
+    assert not list((tmp_path / "store").glob(".*"))
+    assert_same(open_store(tmp_path / "store"), make())

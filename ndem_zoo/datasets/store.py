@@ -149,6 +149,8 @@ class StoreWriter:
         has_journal = _can_be_written(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _locked(self.folder)
+        for path in filter(_is_leftover, self.folder.iterdir()):
+            path.unlink()
         try:
             self._open(has_journal)
         except BaseException:
@@ -387,9 +389,14 @@ def _can_be_written(folder: Path) -> bool:
         raise FileExistsError(f"{folder} is a finished store; give another folder")
     if (folder / JOURNAL).is_file():
         return True
-    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+    if folder.exists() and any(path.name != LOCK and not _is_leftover(path) for path in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty, and no store; give another folder")
     return False
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a file is a record that a killed writer left half-written."""
+    return path.name.startswith((f".{JOURNAL}.", f".{RECORD}.")) and path.suffix == ".tmp"
 
 
 def _locked(folder: Path) -> int:
