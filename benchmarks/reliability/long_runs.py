@@ -110,7 +110,7 @@ def many_epochs(epochs: int, seed: int, folder: Path, say: Callable[[Any], None]
     """A training with validation after every epoch and a checkpoint after every tenth; says memory against epochs."""
     frames, samples = read_sample("ethanol"), Samples(epochs)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        model = small_model(validate_every=None, lr=1e-4, seed=seed)
+        model = small_model(validate_every=None, lr=1e-4, seed=seed, early_stopping=epochs + 1)
         begin = time.process_time()
         model.fit(
             frames[:10], frames[10:14], nb_epoch=epochs, checkpoint_dir=Path(place) / "run", checkpoint_every=20,
@@ -119,6 +119,7 @@ def many_epochs(epochs: int, seed: int, folder: Path, say: Callable[[Any], None]
         seconds = time.process_time() - begin
         written = sum(file.stat().st_size for file in Path(place).rglob("*.json"))
     gc.collect()
+    assert len(model.history_) == epochs
     explained = row_bytes(model.history_[-1])
     say(
         {
