@@ -772,7 +772,7 @@ class EstimatorModel(dc.models.Model):
         record = {"global_step": self._global_step, "phase": self._phase and dataclasses.asdict(self._phase)}
         with files.atomic_folder(home / f"checkpoint-{max(numbers, default=0) + 1:06d}") as folder:
             self.model.save(folder / "model")
-            files.save_json(folder / "steps.json", record)
+            files.save_record(folder / "steps.json", record)
         for path in self.get_checkpoints(str(home))[max_checkpoints_to_keep:]:
             shutil.rmtree(path)
 
@@ -805,7 +805,7 @@ class EstimatorModel(dc.models.Model):
                 raise ConfigError(f"there is no checkpoint in {self.model_dir if model_dir is None else model_dir}")
             checkpoint = found[0]
         source = NDeMModel.load(Path(checkpoint) / "model", device=self.model.device)
-        record = files.load_json(Path(checkpoint) / "steps.json")
+        record = files.load_record(Path(checkpoint) / "steps.json")
         own = self.model._resolve()
         for name in ("backbone", "forces", "prior"):
             if source.resolved_[name] != own[name]:

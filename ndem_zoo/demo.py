@@ -183,13 +183,13 @@ def write_summary(summaries: dict[str, RunSummary], md: dict[str, Any], options:
     import dataclasses
 
     from ndem_zoo import runs
-    from ndem_zoo.checkpoint import save_json
+    from ndem_zoo.checkpoint import save_record
     from ndem_zoo.report import write_report
 
     summaries = summaries | {"ndem": dataclasses.replace(summaries["ndem"], md=md)}
     results = {name: dict(summary.record) for name, summary in summaries.items()}
     units = runs.units_of(*(summary.metrics for summary in summaries.values()))
-    save_json(options.out / "metrics.json", results | {"md": md, "units": units})
+    save_record(options.out / "metrics.json", results | {"md": md, "units": units})
     title = "ndem_zoo demo: ethanol, NDeM and the supervised baseline for the same time"
     for name in ("report.html", "report.md"):
         write_report(options.out / name, list(summaries.values()), title=title)

@@ -6,6 +6,7 @@ the drift. Any ASE calculator will do.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import units
 
+from ndem_zoo.checkpoint import writing
 from ndem_zoo.errors import ConfigError, DataError
 from ndem_zoo.featurizers.base import check_structure, geometry_of
 
@@ -249,13 +251,19 @@ class _Writer:
     def write(self) -> None:
         from ase.io import write
 
-        write(self._stream, self._atoms, format="extxyz")
+        with writing(self._part):
+            write(self._stream, self._atoms, format="extxyz")
+            self._stream.flush()
         self._frames += 1
 
     def close(self) -> None:
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
+        try:
+            with writing(self._part):
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+        finally:
+            with contextlib.suppress(OSError):  # on a full disk this fails again
+                self._stream.close()
         if self._frames:
             os.replace(self._part, self._path)
         else:

@@ -1,7 +1,7 @@
 """The errors and warnings that the package raises on purpose.
 
-Each is a ValueError, RuntimeError or UserWarning as well (some a TypeError or IndexError too), so that callers who do not know this module can catch them;
-a script can tell bad data (`DataError`) from a wrong option (`ConfigError`) and a damaged file (`FileFormatError`).
+Each is a ValueError, OSError, RuntimeError or UserWarning as well (some a TypeError or IndexError too), so that callers who
+do not know this module can catch them; a script can tell bad data (`DataError`) from a wrong option (`ConfigError`) and a damaged file (`FileFormatError`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ class DataIndexError(DataError, IndexError):
 
 class FileFormatError(DataError):
     """A file that is damaged, truncated, or not of the format that it claims."""
+
+
+class StorageError(OSError):
+    """A file that could not be written: no space, no quota or a failing disk; names it, and what it replaces is kept."""
 
 
 class NotFittedError(RuntimeError):

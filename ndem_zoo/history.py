@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ndem_zoo.checkpoint import write_text
+from ndem_zoo.checkpoint import write_text, writing
 from ndem_zoo.errors import FileFormatError
 from ndem_zoo.optional import require
 
@@ -50,8 +52,13 @@ class HistoryLog:
             self._header = _header(self._rows)
             write_history(self._path, self._rows)
         elif self._path is not None:
-            with self._path.open("a", newline="", encoding="utf-8") as file:
-                file.write(_line(row, self._header))
+            size = self._path.stat().st_size
+            try:
+                with writing(self._path), self._path.open("a", newline="", encoding="utf-8") as file:
+                    file.write(_line(row, self._header))
+            except OSError:
+                os.truncate(self._path, size)  # no half rows
+                raise
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, int(row["step"]))
@@ -84,10 +91,20 @@ def read_history(path: Path) -> list[dict[str, float]]:
     Raises
     ------
     FileFormatError
-        If a cell is not a number.
+        If a cell is not a number, or the last line is cut off.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        try:
-            return [{name: float(value) for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
-        except (TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} is damaged: {error}") from error
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text and not text.endswith("\n"):
+            raise FileFormatError(f"{path} is damaged: its last line is cut off")
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        return [{name: _number(value) for name, value in row.items() if value != ""} for row in rows]
+    except (AttributeError, TypeError, ValueError, csv.Error) as error:  # too many cells, too few, other text
+        if isinstance(error, FileFormatError):
+            raise
+        raise FileFormatError(f"{path} is damaged: {error}") from error
+
+
+def _number(text: str) -> float:
+    """A cell: whole numbers, such as steps, stay whole."""
+    return int(text) if text.isdigit() else float(text)

@@ -95,8 +95,12 @@ class Predictions:
             return None
         with _archive(path) as archive:
             names = [key.removeprefix(_TARGET) for key in archive.files if key.startswith(_TARGET)]
-        columns = [prefix + name for prefix in (_PREDICTED, _TARGET) for name in names]
-        raw = read_npz(path, ["part", "n_structures", "z", "ptr", "free", *columns])
+            columns = [prefix + name for prefix in (_PREDICTED, _TARGET) for name in names]
+            needed = ["part", "n_structures", "z", "ptr", "free", *columns]
+            unknown = sorted(set(archive.files) - set(needed))
+        if unknown:
+            raise FileFormatError(f"{path} is damaged: it has an array {unknown[0]!r}, which nothing is known about")
+        raw = read_npz(path, needed)
         lengths = {name: len(raw["z"]) if name == "forces" else len(raw["ptr"]) - 1 for name in names}
         fits = all(len(raw[prefix + name]) == n for name, n in lengths.items() for prefix in (_PREDICTED, _TARGET))
         if not fits or raw["ptr"][-1] != len(raw["z"]) or len(raw["free"]) != len(raw["z"]):

@@ -86,7 +86,7 @@ def read_run(folder: str | os.PathLike) -> RunSummary:
     folder = Path(folder)
     if not (folder / "metrics.json").is_file():
         raise FileNotFoundError(f"{folder} holds no finished run (no metrics.json)")
-    record = files.load_json(folder / "metrics.json")
+    record = files.load_record(folder / "metrics.json")
     if not (isinstance(record, dict) and {"training", "data", "objective", "environment"} <= set(record)):
         raise FileFormatError(f"{folder / 'metrics.json'} is not what a training writes")
     md = files.load_json(folder / "md.json") if (folder / "md.json").is_file() else {}

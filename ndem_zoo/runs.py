@@ -336,7 +336,8 @@ def model_folder(path: str | os.PathLike) -> Path:
     for folder in (Path(path), Path(path) / "model"):
         if (folder / "config.json").is_file():
             return folder
-    raise FileNotFoundError(f"{path} holds no saved model (no config.json in it or in its folder 'model')")
+    was_there = files.what_was_there(Path(path)) or files.what_was_there(Path(path) / "model")
+    raise FileNotFoundError(f"{path} holds no saved model (no config.json in it or in its folder 'model'){was_there}")
 
 
 def load_model(path: str | os.PathLike, device: str | None = None) -> NDeMModel:
@@ -429,7 +430,7 @@ def train_run(
         return run_record(model, splits, command)
     model.provenance_["command"] = command or None
     model.save(out / "model")
-    files.save_json(out / "split.json", splits.record())
+    files.save_record(out / "split.json", splits.record())
     record = run_record(model, splits, command)
     judged = {} if pretrain else {name: part for name, part in splits.parts().items() if name != "train"}
     predictions = {name: predict_columns_of(model, part) for name, part in judged.items()}
@@ -441,7 +442,7 @@ def train_run(
         Predictions.of(name, part, predicted).save(out)  # the test data come last
     model.save(out / "model")  # again: now its card has the errors
     record["units"] = units_of(record.get("valid", {}), record.get("test", {}))
-    files.save_json(out / "metrics.json", record)
+    files.save_record(out / "metrics.json", record)
     write_plots(model, splits, predictions, out)
     return record
 
@@ -579,7 +580,7 @@ def _rows_of_split(folder: Path, whole: MolecularDataset) -> dict[str, np.ndarra
     file = next((f / "split.json" for f in (folder, folder.parent) if (f / "split.json").is_file()), None)
     if file is None:
         return {}
-    split = files.load_json(file)
+    split = files.load_record(file)
     row = {identity: number for number, identity in enumerate(whole.ids.tolist())}
     if not all(identity in row for part in PARTS for identity in split.get(part, ())):
         return {}

@@ -15,6 +15,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Real
@@ -27,9 +28,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ndem_zoo import checkpoint as files
-from ndem_zoo.datasets.files import file_digest
 from ndem_zoo.distributed import Peers, check_devices, make_fabric, watched
-from ndem_zoo.errors import ConfigError, FileFormatError, TrainingError
+from ndem_zoo.errors import ConfigError, DataWarning, FileFormatError, TrainingError
 from ndem_zoo.graph import Batch
 from ndem_zoo.history import History, HistoryLog
 from ndem_zoo.inference import predict_columns
@@ -450,6 +450,8 @@ class Run:
         ------
         TrainingError
             If the training has diverged: a checkpoint from which it can go on is not replaced by one from which it cannot.
+        StorageError
+            If the disk is full; the checkpoints before are still there.
         """
         self.guard.settle()
         totals = self.totals()
@@ -468,14 +470,19 @@ class Run:
             files.save_tensors(folder / "trainer.safetensors", tensors)
             record = {
                 "fingerprint": fingerprint,
-                "sha256": file_digest(folder / "trainer.safetensors"),
+                "sha256": files.file_digest(folder / "trainer.safetensors"),
                 "state": _encode(dataclasses.asdict(self.state)),
             }
-            files.save_json(folder / "trainer.json", record)
+            files.save_record(folder / "trainer.json", record)
         files.remove_old_checkpoints(directory, KEEP_CHECKPOINTS)
 
     def restore(self, directory: Path, fingerprint: dict[str, Any]) -> bool:
         """Continue from the newest checkpoint that is intact, if there is one.
+
+        Warns
+        -----
+        DataWarning
+            If a newer one is damaged; names it.
 
         Raises
         ------
@@ -493,6 +500,8 @@ class Run:
                 problems.append(str(error))
                 continue
             _compare(_DEFAULTS | stored, fingerprint, path)
+            for problem in problems:
+                warnings.warn(f"{problem}; the training continues from {path}", DataWarning, stacklevel=2)
             self._load(state, tensors)
             return True
         if problems:
@@ -876,15 +885,12 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], State, dict[str, Tenso
     FileNotFoundError, FileFormatError
         If it is not whole.
     """
-    record = files.load_json(path / "trainer.json")
-    tensors = files.load_tensors(path / "trainer.safetensors")
+    record = files.load_record(path / "trainer.json")
     try:
         stored, digest, state = record["fingerprint"], record["sha256"], State(**_decode(record["state"]))
     except (AttributeError, KeyError, TypeError) as error:
         raise FileFormatError(f"{path / 'trainer.json'} is not the record of a checkpoint: {error!r}") from error
-    if file_digest(path / "trainer.safetensors") != digest:
-        raise FileFormatError(f"{path / 'trainer.safetensors'} is damaged: its checksum is not the recorded one")
-    return stored, state, tensors
+    return stored, state, files.load_tensors(path / "trainer.safetensors", digest)
 
 
 def check_switch(name: str, value: Any) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
 import pickle
+import resource
 import stat
 import struct
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from ndem_zoo import checkpoint as files
-from ndem_zoo.errors import FileFormatError
+from ndem_zoo.errors import FileFormatError, StorageError
+from ndem_zoo.history import HistoryLog, read_history
 
 
 def names(folder) -> set[str]:
@@ -100,6 +105,91 @@ def test_a_failing_rename_leaves_one_whole_folder(tmp_path, monkeypatch, call):
     assert names(tmp_path) == {"model"}
 
 
+def test_a_folder_that_is_not_flushed_under_its_name_gives_it_back(tmp_path, monkeypatch):
+    with files.atomic_folder(tmp_path / "model") as folder:
+        (folder / "a").write_text("old")
+    sync = files.sync
+
+    def failing(path):
+        if path == tmp_path:
+            raise OSError(errno.EIO, "input/output error")
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", failing)
+    with pytest.raises(StorageError, match="model"), files.atomic_folder(tmp_path / "model") as folder:
+        (folder / "a").write_text("new")
+    assert (tmp_path / "model" / "a").read_text() == "old"
+    assert names(tmp_path) == {"model"}
+    with pytest.raises(StorageError, match="other"), files.atomic_folder(tmp_path / "other"):
+        pass
+    assert names(tmp_path) == {"model"}
+
+
+def test_the_place_of_what_was_being_replaced_is_named(tmp_path):
+    """A process that dies between the two renames."""
+    (tmp_path / ".model.12ab.old").mkdir()
+    for name, hint in (
+        ("model", r"there is no file .*config\.json; a process died .* whole in .*\.model\.12ab\.old"),
+        ("x", "$"),
+    ):
+        with pytest.raises(FileNotFoundError, match=hint):
+            files.load_record(tmp_path / name / "config.json")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_a_full_disk_is_an_error_of_ours(tmp_path, monkeypatch, number):
+    files.save_json(tmp_path / "j.json", {"a": 1})
+
+    def failing(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(StorageError, match=r"j\.json") as caught:
+        files.save_json(tmp_path / "j.json", {"a": 2})
+    assert isinstance(caught.value, OSError)
+    assert caught.value.errno == number
+    assert caught.value.filename == str(tmp_path / "j.json")
+    assert "make room" in str(caught.value)
+    assert files.load_json(tmp_path / "j.json") == {"a": 1}
+    assert names(tmp_path) == {"j.json"}
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    for error in (PermissionError(errno.EACCES, "no"), SafetensorError("nonsense"), OSError("no number")):
+        with pytest.raises(type(error)) as caught, files.writing(tmp_path / "a"):
+            raise error
+        assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "text", ['IoError(Os { code: 28, kind: StorageFull, message: "x" })', "I/O error: x (os error 28)"]
+)
+def test_a_full_disk_under_safetensors(tmp_path, text):
+    with pytest.raises(StorageError, match=r"t\.safetensors"), files.writing(tmp_path / "t.safetensors"):
+        raise SafetensorError(f"Error while serializing: {text}")
+
+
+def test_no_half_rows_on_a_full_disk(tmp_path, monkeypatch):
+    rows = [{"step": 1, "loss": 0.5}]
+    log = HistoryLog(tmp_path, False, rows)
+    line = "ndem_zoo.history._line"
+    monkeypatch.setattr(line, lambda row, header: "2,0.2\n" * 2000)
+    with files_up_to(1000), pytest.raises(StorageError, match=r"history\.csv"):
+        log.add({"step": 2, "loss": 0.25})
+    assert read_history(tmp_path / "history.csv") == rows
+
+
+@contextlib.contextmanager
+def files_up_to(size: int):
+    """No file gets longer; Python ignores the signal that the kernel sends besides."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
     """After a loss of power a folder under its final name is whole: files, then the folder, then the rename."""
     events = []
@@ -153,6 +243,19 @@ def test_checkpoints_are_sorted_by_step_and_old_ones_removed(tmp_path):
     assert files.checkpoints(tmp_path) == found[:2]
     assert {".step-0000000099.x.tmp", "step-12", "model"} <= names(tmp_path)
     assert files.checkpoints(tmp_path / "absent") == []
+
+
+def test_an_old_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    """A process that dies while it deletes one leaves no half of it among the checkpoints."""
+    for step in (2, 4):
+        files.checkpoint_path(tmp_path, step).mkdir()
+        (files.checkpoint_path(tmp_path, step) / "trainer.json").write_text("{}")
+    monkeypatch.setattr("shutil.rmtree", lambda path, **options: (path / "trainer.json").unlink())  # and no further
+    files.remove_old_checkpoints(tmp_path, 1)
+    assert files.checkpoints(tmp_path) == [files.checkpoint_path(tmp_path, 4)]
+    monkeypatch.undo()
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == {"step-0000000004"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -260,3 +363,54 @@ def test_json_takes_no_objects(tmp_path):
 def test_json_is_readable_by_others(tmp_path):
     files.save_json(tmp_path / "j.json", {"a": [1, 2.5, None, "Å"]})
     assert json.loads((tmp_path / "j.json").read_text("utf-8")) == {"a": [1, 2.5, None, "Å"]}
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+def test_records_come_back_and_are_json(tmp_path):
+    record = {"a": [1, 2.5, None, "Å"], "b": {"c": (1, 2)}, 3: True}
+    files.save_record(tmp_path / "r.json", record)
+    assert files.load_record(tmp_path / "r.json") == {"a": [1, 2.5, None, "Å"], "b": {"c": [1, 2]}, "3": True}
+    assert set(json.loads((tmp_path / "r.json").read_text())) == {"a", "b", "3", files.CHECKSUM}
+
+
+def test_every_flipped_bit_of_a_record_is_noticed(tmp_path):
+    """Or it changes nothing: an indentation that is another blank."""
+    path = tmp_path / "r.json"
+    record = {"step": 12, "loss": 0.125, "name": "x"}
+    files.save_record(path, record)
+    whole = path.read_bytes()
+    refused = 0
+    for bit in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            assert files.load_record(path) == record, bit
+        except FileFormatError:
+            refused += 1
+    assert refused > 0.95 * 8 * len(whole)
+
+
+def test_records_of_older_versions_and_by_hand(tmp_path):
+    """They have no checksum; digests of something else are no checksums."""
+    record = {"data": "ab" * 32, "step": 1}
+    files.save_json(tmp_path / "r.json", record)
+    assert files.load_record(tmp_path / "r.json") == record
+    (tmp_path / "r.json").write_text("[1]")
+    with pytest.raises(FileFormatError, match=r"r\.json is damaged: it holds a list"):
+        files.load_record(tmp_path / "r.json")
+
+
+def test_tensors_with_another_checksum_are_refused(tmp_path):
+    path = tmp_path / "t.safetensors"
+    files.save_tensors(path, {"a": torch.ones(64)})
+    digest = files.file_digest(path)
+    assert torch.equal(files.load_tensors(path, digest)["a"], torch.ones(64))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(files.load_tensors(path)["a"], torch.ones(64))
+    with pytest.raises(FileFormatError, match="checksum"):
+        files.load_tensors(path, digest)

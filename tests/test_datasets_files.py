@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, file_digest, read_npz
+from ndem_zoo.checkpoint import file_digest
+from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, read_npz
 from ndem_zoo.errors import DataError, DataWarning, FileFormatError
 
 CONTENT = b"official content"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from ndem_zoo.checkpoint import load_record, save_record
 from ndem_zoo.datasets import DatasetCard, MolecularDataset, StoreWriter, checks, is_store, open_store
 from ndem_zoo.datasets.store import HEADER, JOURNAL, StoredSelection
 from ndem_zoo.errors import ConfigError, DataError, FileFormatError
@@ -447,7 +448,7 @@ def test_missing_or_shortened_columns(store):
         open_store(store.folder)
 
 
-def test_a_flipped_bit_is_found_when_asked_for(tmp_path):
+def test_a_flipped_bit_is_found_in_small_stores_or_when_asked_for(tmp_path, monkeypatch):
     with StoreWriter(tmp_path / "store") as writer:
         for number, part in enumerate(parts()):
             writer.append(part)
@@ -459,9 +460,12 @@ def test_a_flipped_bit_is_found_when_asked_for(tmp_path):
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
+    open_store(tmp_path / "store", verify=False)
+    for verify in (None, True):
+        with pytest.raises(FileFormatError, match=r"pos\.npy is damaged.*from file 1"):
+            open_store(tmp_path / "store", verify=verify)
+    monkeypatch.setattr("ndem_zoo.datasets.store.VERIFIED_UP_TO", 1000)
     open_store(tmp_path / "store")
-    with pytest.raises(FileFormatError, match=r"pos\.npy is damaged.*from file 1"):
-        open_store(tmp_path / "store", verify=True)
 
 
 @pytest.mark.parametrize(
@@ -485,8 +489,15 @@ def test_a_flipped_bit_is_found_when_asked_for(tmp_path):
 )
 def test_damaged_records_are_refused(store, change):
     path = store.folder / "store.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    save_record(path, load_record(path) | change)
     with pytest.raises(FileFormatError):
+        open_store(store.folder)
+
+
+def test_a_changed_record_is_refused(store):
+    path = store.folder / "store.json"
+    path.write_text(path.read_text().replace('"checked": true', '"checked": false'))
+    with pytest.raises(FileFormatError, match=r"store\.json is damaged: .*checksum"):
         open_store(store.folder)
 
 
@@ -510,3 +521,12 @@ def test_no_store(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no store"):
         open_store(tmp_path)
     assert not is_store(tmp_path)
+
+
+def test_a_writer_that_died_in_its_first_journal_left_nothing_in_the_way(tmp_path):
+    (tmp_path / "store").mkdir()
+    for name in (".journal.json.12ab.tmp", ".store.json.34cd.tmp"):
+        (tmp_path / "store" / name).write_text('{"format": "nd')
+    make().save(tmp_path / "store")
+    assert not list((tmp_path / "store").glob(".*"))
+    assert_same(open_store(tmp_path / "store"), make())

@@ -692,6 +692,7 @@ def test_loading_executes_nothing(fitted, test_set, tmp_path, monkeypatch):
 
 def edit(path: Path, change) -> None:
     config = json.loads(path.read_text())
+    del config["checksum"]  # as who changes it by hand has to
     config = change(config) or config
     path.write_text(json.dumps(config))
 
@@ -707,7 +708,7 @@ def edit(path: Path, change) -> None:
         (lambda c: c["params"].update(shell="rm"), "does not describe a model.*shell"),
         (lambda c: c["resolved"]["backbone"].update(name="os:system"), "there is no backbone 'os:system'"),
         (lambda c: c["resolved"]["backbone"]["options"].update(num_layers=2), "do not fit the saved configuration"),
-        (lambda c: [1, 2], "does not describe a model"),
+        (lambda c: [1, 2], "it holds a list, needed is an object"),
     ],
 )
 def test_configurations_that_are_refused(fitted, tmp_path, change, message):
@@ -729,9 +730,8 @@ def test_missing_and_truncated_files(fitted, tmp_path, name):
     fitted.save(tmp_path / "model")
     path = tmp_path / "model" / name
     path.write_bytes(path.read_bytes()[:-5])
-    if name != "history.csv":  # a shortened number is a number
-        with pytest.raises(FileFormatError, match=f"{name} is damaged"):
-            NDeMTorchMDNet.load(tmp_path / "model")
+    with pytest.raises(FileFormatError, match=f"{name} is damaged"):
+        NDeMTorchMDNet.load(tmp_path / "model")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=name):
         NDeMTorchMDNet.load(tmp_path / "model")
@@ -987,6 +987,7 @@ def test_a_model_from_before_there_were_targets(fitted, test_set, tmp_path):
 
     def older(config: dict) -> None:
         config["format"] = 1
+        del config["sha256"]
         del config["resolved"]["supervised"]["target"], config["resolved"]["reference_energies"]
         del config["params"]["target"], config["params"]["warmup_factor"]
 

@@ -22,7 +22,7 @@ import torch
 
 from ndem_zoo import checkpoint as files
 from ndem_zoo import training
-from ndem_zoo.errors import ConfigError, FileFormatError, TrainingError
+from ndem_zoo.errors import ConfigError, DataWarning, FileFormatError, TrainingError
 from ndem_zoo.history import read_history, write_history
 from ndem_zoo.models.torchmd_net import NDeMTorchMDNet, TorchMDNet
 from ndem_zoo.registry import BACKBONES
@@ -472,7 +472,7 @@ def test_histories_on_disk(tmp_path):
     assert read_history(tmp_path / "h.csv") == rows
     write_history(tmp_path / "h.csv", [])
     assert read_history(tmp_path / "h.csv") == []
-    for content in ("a,b\n1,x\n", "a,b\n1\n", "a,b\n1,2,3\n"):
+    for content in ("a,b\n1,x\n", "a,b\n1\n", "a,b\n1,2,3\n", "a,b\n1,2\n3,4"):
         (tmp_path / "h.csv").write_text(content)
         with pytest.raises(FileFormatError, match=r"h\.csv is damaged"):
             read_history(tmp_path / "h.csv")
@@ -719,12 +719,12 @@ def test_a_damaged_checkpoint_is_passed_over(train_set, valid_set, tmp_path, str
     shutil.copytree(cut_run, folder)
     damage(folder / "step-0000000012" / name)
     steps = []
+    limits = {"max_steps": STEPS, "checkpoint_dir": folder, "checkpoint_every": 4}
     with pytest.MonkeyPatch.context() as patch:
         one_step = Run.one_step
         patch.setattr(Run, "one_step", lambda self, i: (steps.append(self.state.step), one_step(self, i)))
-        estimator(**STATEFUL).fit(
-            train_set, valid_set, max_steps=STEPS, checkpoint_dir=folder, checkpoint_every=4, resume=True
-        )
+        with pytest.warns(DataWarning, match=f"step-0000000012.{name}.*continues from .*step-0000000008"):
+            estimator(**STATEFUL).fit(train_set, valid_set, **limits, resume=True)
     assert steps[0] == 8
     assert_same_end(folder, straight[0])
 
@@ -1019,10 +1019,10 @@ def test_resuming_with_buckets_and_atoms_and_a_thread(mixed, tmp_path, step, pre
 def test_a_checkpoint_from_before_a_setting_existed(train_set, tmp_path):
     estimator().fit(train_set, max_steps=2, checkpoint_dir=tmp_path / "run")
     path = files.checkpoints(tmp_path / "run")[0] / "trainer.json"
-    record = json.loads(path.read_text())
+    record = files.load_record(path)
     for name in ("max_atoms", "bucket", "prefetch"):
         del record["fingerprint"][name]
-    path.write_text(json.dumps(record))
+    files.save_record(path, record)
     model = estimator().fit(train_set, max_steps=3, checkpoint_dir=tmp_path / "run", resume=True)
     assert model.history_[-1]["step"] == 3
 

@@ -124,6 +124,7 @@ def reading(data: Path, folder: Path, rounds: int) -> dict[str, dict[str, float]
 
 def synthetic_store(folder: Path, frames: int) -> float:
     """Write a store of random slabs; MiB of its files."""
+    from ndem_zoo.checkpoint import load_record, save_record
     from ndem_zoo.datasets import MolecularDataset, StoreWriter
 
     rng = np.random.default_rng(0)
@@ -148,8 +149,7 @@ def synthetic_store(folder: Path, frames: int) -> float:
             writer.commit(str(start))
         writer.finish()
     # Choice: as if the frames had been checked, which is what a conversion does.
-    record = json.loads((folder / "store.json").read_text())
-    (folder / "store.json").write_text(json.dumps(record | {"checked": True}))
+    save_record(folder / "store.json", load_record(folder / "store.json") | {"checked": True})
     return sum(path.stat().st_size for path in folder.iterdir()) / 1024**2
 
 

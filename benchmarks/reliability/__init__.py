@@ -1,1 +1,1 @@
-"""How the package stands up to what goes wrong: faults, bad input, long runs."""
+"""What the package does when processes die, disks fill up, files are damaged, input is bad, and runs are long."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 
 from ndem_zoo.errors import ConfigError, DataError, DataIndexError, DataTypeError, DataWarning
 from ndem_zoo.featurizers.base import Featurizer, Structure, as_numbers, read_atoms

@@ -26,8 +26,8 @@ from ndem_zoo.errors import DataWarning, FileFormatError
 #: Folder below the data folder, for all datasets.
 FOLDER = "stores"
 
-#: Reasons for which a cache cannot be written: a read-only disk, no space left, no quota left.
-_NO_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+#: Reasons for which a cache cannot be written: a read-only disk, no space left, no quota left, a limit of sizes.
+_NO_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_cached(

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ndem_zoo.checkpoint import whole_file
 from ndem_zoo.datasets.base import MolecularDataset, as_dataset
 from ndem_zoo.datasets.checks import check_structures, check_targets
-from ndem_zoo.datasets.files import Decompressed, whole_file
+from ndem_zoo.datasets.files import Decompressed
 from ndem_zoo.errors import DataError, FileFormatError, UnitsWarning
 
 if TYPE_CHECKING:

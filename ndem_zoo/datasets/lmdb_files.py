@@ -1,8 +1,8 @@
 """Records in LMDB files: pickled PyG objects (``.lmdb``) and ASE's JSON (``.aselmdb``), by number, without executing anything.
 
-Both kinds become dicts of fields, with arrays as numpy arrays; what the fields mean is known to `oc20.py`. Files are
-opened when a process first reads from them, so that workers can share the object. Needs the package lmdb only: neither
-torch_geometric nor ase-db-backends.
+Both kinds become dicts of fields, with arrays as numpy arrays; what the fields mean is known to `oc20.py`. The pages of a
+file are read by `lmdb_pages.py`, when it is opened; forked workers share the open file, others open it anew. Needs neither
+the package lmdb nor torch_geometric nor ase-db-backends.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from ndem_zoo.datasets.lmdb_pages import PagedFile, Place
 from ndem_zoo.datasets.pickles import read_pickle, read_record
 from ndem_zoo.errors import DataError, FileFormatError
-from ndem_zoo.optional import require
 
 #: Keys that are no records, in either kind of file.
 _SIDE_KEYS = frozenset({b"length", b"nextid", b"deleted_ids", b"metadata"})
@@ -46,22 +46,22 @@ class LmdbRecords:
     FileNotFoundError
         If there is no such file.
     FileFormatError
-        If it is no LMDB file, is truncated, has keys that are no numbers, or not as many as it says.
-    ImportError
-        If lmdb is not installed; names the extra.
+        If it is no LMDB file, is truncated or damaged, has keys that are no numbers, or not as many as it says.
 
     Notes
     -----
-    Keys are sorted by number (LMDB has them in the order of their bytes: 0, 1, 10, 2). Pitfall: the structure of the file
-    itself is read by the LMDB library, which trusts it.
+    Keys are sorted by number (LMDB has them in the order of their bytes: 0, 1, 10, 2). The values have no checksums.
     """
 
-    _user: _Shared | None = None
+    _file: PagedFile | None = None
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self.is_json = self.path.suffix == ".aselmdb"
-        self.numbers = self._read_numbers()
+        try:
+            self.numbers, self._places = self._read_places()
+        finally:
+            self.close()
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -74,7 +74,12 @@ class LmdbRecords:
         FileFormatError
             If it cannot be read, or would have executed something; names the file and the key.
         """
-        return self._decode(str(int(self.numbers[index])).encode())
+        key = str(int(self.numbers[index])).encode()
+        value = self._read(Place(*self._places[index].tolist()))
+        try:
+            return read_json_record(value) if self.is_json else read_record(value)
+        except FileFormatError as error:
+            raise FileFormatError(f"{self.path}: key {_shown(key)} {error}") from error
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """Records `start` to `stop`, one after the other."""
@@ -82,66 +87,65 @@ class LmdbRecords:
             yield self[index]
 
     def close(self) -> None:
-        """Close the file, if nobody else reads it; it is opened again when it is read from."""
-        if self._user is not None:
-            _release(self.path, self._user)
-            self._user = None
+        """Close the file; it is opened again when it is read from."""
+        if self._file is not None:
+            os.close(self._file.handle)
+            self._file = None
 
     def __del__(self) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_user": None}
+        return self.__dict__ | {"_file": None}
 
-    def _open(self) -> Any:
-        """The environment of this process."""
-        if self._user is None or self._user.owner != os.getpid():
-            self._user = _acquire(self.path)
-        return self._user.environment
+    def _open(self) -> PagedFile:
+        """The open file."""
+        if self._file is None:
+            if not self.path.is_file():
+                raise FileNotFoundError(f"there is no file {self.path}")
+            handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            try:
+                self._file = PagedFile(handle)
+            except BaseException as error:
+                os.close(handle)
+                if isinstance(error, FileFormatError):
+                    raise FileFormatError(f"{self.path} {error}") from error
+                raise
+        return self._file
 
-    def _get(self, key: bytes) -> bytes:
-        """Value of a key."""
-        lmdb = require("lmdb", extra="oc20")
+    def _read(self, place: Place) -> bytes:
+        """The value at a place."""
+        file = self._open()
         try:
-            with self._open().begin() as transaction:
-                value = transaction.get(key)
-        except lmdb.Error as error:
-            raise FileFormatError(f"{self.path}: key {_shown(key)} cannot be read ({error})") from error
-        if value is None:
-            raise FileFormatError(f"{self.path}: there is no key {_shown(key)}")
-        return value
-
-    def _decode(self, key: bytes) -> dict[str, Any]:
-        value = self._get(key)
-        try:
-            return read_json_record(value) if self.is_json else read_record(value)
+            return file.read(place)
         except FileFormatError as error:
-            raise FileFormatError(f"{self.path}: key {_shown(key)} {error}") from error
+            raise FileFormatError(f"{self.path} {error}") from error
 
-    def _read_numbers(self) -> np.ndarray:
-        """Numbers of the records, ascending."""
-        lmdb = require("lmdb", extra="oc20")
-        numbers = []
+    def _read_places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the records (n,), ascending, and the places (n, 2) of their values."""
+        numbers, places, side = [], [], {}
+        file = self._open()
         try:
-            with self._open().begin() as transaction:
-                side = {key: transaction.get(key) for key in _SIDE_KEYS}
-                for key in transaction.cursor().iternext(values=False):
-                    if _NUMBER.fullmatch(key):
-                        numbers.append(int(key))
-                    elif key not in _SIDE_KEYS:
-                        raise FileFormatError(f"{self.path}: key {_shown(key)} is no number; needed are 0, 1, 2, ...")
-        except lmdb.Error as error:
-            raise FileFormatError(f"{self.path} cannot be read as an LMDB file ({error})") from error
-        finally:
-            self.close()
+            for key, place in file.places():
+                if _NUMBER.fullmatch(key):
+                    numbers.append(int(key))
+                    places.append(place)
+                elif key in _SIDE_KEYS:
+                    side[key] = file.read(place)
+                else:
+                    raise FileFormatError(f": key {_shown(key)} is no number; needed are 0, 1, 2, ...")
+        except FileFormatError as error:
+            separator = "" if str(error).startswith(":") else " "
+            raise FileFormatError(f"{self.path}{separator}{error}") from error
         self._check_length(side.get(b"length"), len(numbers))
-        found = np.array(sorted(numbers), dtype=np.int64)
+        found = np.array(numbers, dtype=np.int64)
+        order = np.argsort(found)
         deleted = side.get(b"deleted_ids")
         if self.is_json and deleted is not None:
-            found = np.setdiff1d(found, self._deleted(deleted))
-        if not len(found):
+            order = order[~np.isin(found[order], self._deleted(deleted))]
+        if not len(order):
             raise FileFormatError(f"{self.path} holds no records")
-        return found
+        return found[order], np.array(places, dtype=np.int64).reshape(-1, 2)[order]
 
     def _check_length(self, value: bytes | None, n: int) -> None:
         """Raise unless the file has as many records as it says; not all files say."""
@@ -161,61 +165,6 @@ class LmdbRecords:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise FileFormatError(f"{self.path}: key deleted_ids is no list of numbers")
         return ids
-
-
-class _Shared:
-    """An open environment, how many use it, and in which process."""
-
-    def __init__(self, environment: Any) -> None:
-        self.environment, self.users, self.owner = environment, 0, os.getpid()
-
-
-#: Pitfall: the LMDB library cannot open a file twice in a process.
-_OPEN: dict[Path, _Shared] = {}
-
-
-def _acquire(path: Path) -> _Shared:
-    """The environment of a file in this process, opened if need be.
-
-    Pitfall: an environment that was opened before a fork must not be used by the child, and blocks the path there; it has
-    no locks, so the child can close its copy.
-    """
-    key = path.resolve()
-    shared = _OPEN.get(key)
-    if shared is not None and shared.owner != os.getpid():
-        shared.environment.close()
-        shared = None
-    if shared is None:
-        shared = _OPEN[key] = _Shared(_environment(path))
-    shared.users += 1
-    return shared
-
-
-def _release(path: Path, shared: _Shared) -> None:
-    """One user less; the last one closes the file."""
-    if shared.owner != os.getpid():
-        return
-    shared.users -= 1
-    if not shared.users:
-        shared.environment.close()
-        _OPEN.pop(path.resolve(), None)
-
-
-def _environment(path: Path) -> Any:
-    """An LMDB environment for reading, of a file that is as long as it says."""
-    lmdb = require("lmdb", extra="oc20")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        environment = lmdb.open(str(path), readonly=True, lock=False, subdir=False, readahead=False, max_readers=64)
-    except lmdb.Error as error:
-        raise FileFormatError(f"{path} is damaged or no LMDB file ({error})") from error
-    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    size = path.stat().st_size
-    if size < needed:  # Pitfall: reading behind the end of a mapped file would kill the process
-        environment.close()
-        raise FileFormatError(f"{path} is truncated: it has {size:,} bytes of {needed:,}")
-    return environment
 
 
 def _shown(key: bytes) -> str:

@@ -488,11 +488,14 @@ def read_reference(source: Any) -> ReferenceEnergies | None:
         values = json.loads(path.read_bytes()) if path.suffix == ".json" else read_plain(path.read_bytes())
     except FileFormatError as error:
         raise FileFormatError(f"{path} {error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is not JSON ({error})") from error
     if not isinstance(values, dict):
         raise FileFormatError(f"{path} holds {type(values).__name__}; needed is a dict of energies")
-    return ReferenceEnergies(values)
+    try:
+        return ReferenceEnergies(values)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def linear_reference(path: str | os.PathLike) -> dict[str, float]:
@@ -708,6 +711,8 @@ def _text(path: Path, span: tuple[int, int] | None, name: str) -> str:
             file.seek(span[0])
         raw = file.read() if span is None else file.read(span[1])
     is_compressed = raw[:6] == b"\xfd7zXZ\x00"
+    if span is None and path.suffix == ".xz" and not is_compressed:
+        raise FileFormatError(f"{path} is damaged or truncated: it does not begin as an xz file does")
     try:
         return (unpacked(raw, path) if is_compressed else raw).decode("utf-8")
     except (FileFormatError, UnicodeDecodeError) as error:

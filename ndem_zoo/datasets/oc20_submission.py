@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ndem_zoo.checkpoint import whole_file
 from ndem_zoo.datasets.base import MolecularDataset
-from ndem_zoo.datasets.files import whole_file
 from ndem_zoo.errors import ConfigError, DataError
 
 SPLITS = ("id", "ood_ads", "ood_cat", "ood_both")

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers
 
+from ndem_zoo.checkpoint import file_digest
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.datasets.cache import open_cached
 from ndem_zoo.datasets.files import (
@@ -28,7 +29,6 @@ from ndem_zoo.datasets.files import (
     archived_files,
     data_folder,
     fetch,
-    file_digest,
     find_file,
     lines_of,
 )

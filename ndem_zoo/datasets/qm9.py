@@ -20,6 +20,7 @@ import numpy as np
 from ase import units
 from ase.data import atomic_numbers
 
+from ndem_zoo.checkpoint import file_digest
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.datasets.cache import open_cached
 from ndem_zoo.datasets.files import (
@@ -30,7 +31,6 @@ from ndem_zoo.datasets.files import (
     archived_files,
     data_folder,
     fetch,
-    file_digest,
     find_file,
     read_npz,
 )
@@ -501,7 +501,7 @@ def _iter_sdf(source: Path) -> Iterator[_Molecule]:
     try:
         table = pd.read_csv(path)
         names = [_CSV_NAMES.get(name, name) for name in COLUMNS]
-        ids, values = table["mol_id"].astype(str), table[names].to_numpy(dtype=np.float64)
+        ids, values = table["mol_id"].astype(str).to_numpy(), table[names].to_numpy(dtype=np.float64)
     except (KeyError, ValueError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{path} is not MoleculeNet's table of QM9 ({error})") from error
     n = -1

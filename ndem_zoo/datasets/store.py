@@ -8,6 +8,7 @@ they were read, is known to the loaders. Nothing is pickled.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ndem_zoo.checkpoint import load_json, save_json
+from ndem_zoo.checkpoint import load_record, save_record, sync, writing
 from ndem_zoo.datasets.base import MolecularDataset, _atom_rows, _frozen, _integers
 from ndem_zoo.datasets.checks import blocks, check_structures, check_targets
 from ndem_zoo.datasets.files import DatasetCard
@@ -35,6 +36,9 @@ HEADER = 256
 
 #: Choice: characters that ids and other names may have, unless told otherwise; each takes 4 bytes.
 STRING_WIDTH = 24
+
+#: Choice: stores of up to so many bytes are compared with their checksums whenever they are opened: 0.2 s or less.
+VERIFIED_UP_TO = 64 * 1024**2
 
 #: Structures whose rows are gathered at a time.
 _GATHERED_AT_ONCE = 20_000
@@ -145,6 +149,8 @@ class StoreWriter:
         has_journal = _can_be_written(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _locked(self.folder)
+        for path in filter(_is_leftover, self.folder.iterdir()):
+            path.unlink()
         try:
             self._open(has_journal)
         except BaseException:
@@ -227,9 +233,7 @@ class StoreWriter:
 
     def _forget(self) -> None:
         """Go back to the last commit."""
-        for file in self._files.values():
-            file.close()
-        self._files = {}
+        self._close_files()
         self.structures, self.atoms = self._committed
         if not self.structures:
             for key in self.schema:
@@ -247,8 +251,10 @@ class StoreWriter:
                 raise DataError(f"columns {other} and {key} differ in case only; not every disk can tell them apart")
             self.schema[key] = _Column(_stored_dtype(key, values, self.string_width), values.shape[1:], per)
         for key in self.schema:
-            file = self._files[key] = (self.folder / _file_of(key)).open("w+b")
-            file.write(b"\0" * HEADER)
+            path = self.folder / _file_of(key)
+            with writing(path):
+                self._files[key] = path.open("w+b")
+                self._files[key].write(b"\0" * HEADER)
         self._begin_digests()
 
     def _compare(self, columns: dict[str, tuple[np.ndarray, str]]) -> None:
@@ -272,7 +278,8 @@ class StoreWriter:
         if column.dtype[1] == "U":
             _check_width(key, values, int(column.dtype[2:]), first)
         data = np.ascontiguousarray(values, dtype=column.dtype).reshape(-1).view(np.uint8)
-        self._files[key].write(data)
+        with writing(self.folder / _file_of(key)):
+            self._files[key].write(data)
         self._digests[key].update(data)
 
     def commit(self, source: str, digest: str | None = None) -> None:
@@ -292,9 +299,10 @@ class StoreWriter:
         """
         if source in self.sources:
             raise ConfigError(f"source {source!r} is in the store already; sources that are can be skipped")
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        for key, file in self._files.items():
+            with writing(self.folder / _file_of(key)):
+                file.flush()
+                os.fsync(file.fileno())
         structures, atoms = self._committed
         self.sources[source] = {
             "name": source,
@@ -316,8 +324,9 @@ class StoreWriter:
         }
 
     def _write_journal(self) -> None:
-        save_json(self.folder / JOURNAL, self._record())
-        _sync(self.folder)
+        save_record(self.folder / JOURNAL, self._record())
+        with writing(self.folder):
+            sync(self.folder)
 
     def finish(self) -> MolecularDataset:
         """Turn what is committed into a store, and open it.
@@ -334,12 +343,14 @@ class StoreWriter:
         if not self.structures:
             raise DataError(f"there are no structures for the store in {self.folder}; needed is one or more")
         for key, file in self._files.items():
-            file.seek(0)
-            file.write(self.schema[key].header(self.structures, self.atoms))
-            file.flush()
-            os.fsync(file.fileno())
-        save_json(self.folder / RECORD, self._record())
-        _sync(self.folder)
+            with writing(self.folder / _file_of(key)):
+                file.seek(0)
+                file.write(self.schema[key].header(self.structures, self.atoms))
+                file.flush()
+                os.fsync(file.fileno())
+        save_record(self.folder / RECORD, self._record())
+        with writing(self.folder):
+            sync(self.folder)
         (self.folder / JOURNAL).unlink()
         (self.folder / LOCK).unlink()
         self.close()
@@ -347,12 +358,17 @@ class StoreWriter:
 
     def close(self) -> None:
         """Close the files; what is not committed is lost."""
-        for file in self._files.values():
-            file.close()
-        self._files = {}
+        self._close_files()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _close_files(self) -> None:
+        """Let go of the columns. Pitfall: closing a file writes what is left of it, and on a full disk fails again."""
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+        self._files = {}
 
 
 def save_store(dataset: MolecularDataset, folder: str | os.PathLike) -> None:
@@ -373,9 +389,14 @@ def _can_be_written(folder: Path) -> bool:
         raise FileExistsError(f"{folder} is a finished store; give another folder")
     if (folder / JOURNAL).is_file():
         return True
-    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+    if folder.exists() and any(path.name != LOCK and not _is_leftover(path) for path in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty, and no store; give another folder")
     return False
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a file is a record that a killed writer left half-written."""
+    return path.name.startswith((f".{JOURNAL}.", f".{RECORD}.")) and path.suffix == ".tmp"
 
 
 def _locked(folder: Path) -> int:
@@ -458,15 +479,6 @@ def _card_record(card: DatasetCard | None) -> dict[str, Any] | None:
     return record | {"units": dict(card.units), "citation": list(card.citation)}
 
 
-def _sync(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # --------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -475,7 +487,7 @@ def is_store(folder: str | os.PathLike) -> bool:
     return (Path(folder) / RECORD).is_file()
 
 
-def open_store(folder: str | os.PathLike, verify: bool = False) -> MolecularDataset:
+def open_store(folder: str | os.PathLike, verify: bool | None = None) -> MolecularDataset:
     """Open a store; its columns are mapped into memory, and read from the disk where they are used.
 
     Parameters
@@ -483,7 +495,8 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> MolecularData
     folder
         What `MolecularDataset.save`, a `StoreWriter` or ``ndem-zoo convert`` wrote.
     verify
-        Whether to read all columns and compare their checksums. The sizes of the files are always compared.
+        Whether to read all columns and compare their checksums; None: if they have up to `VERIFIED_UP_TO` bytes together,
+        since the larger ones would take long. The sizes of the files and ``store.json`` are always checked.
 
     Raises
     ------
@@ -505,7 +518,8 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> MolecularData
     schema = _schema_of(record, folder / RECORD)
     structures, atoms = record["structures"], record["atoms"]
     arrays = {key: _mapped(folder / _file_of(key), schema[key], structures, atoms) for key in schema}
-    if verify:
+    size = sum(column.size(structures, atoms) for column in schema.values())
+    if verify or (verify is None and size <= VERIFIED_UP_TO):
         _verify(folder, record, schema)
     return StoredDataset._opened(folder, record, schema, arrays)
 
@@ -517,7 +531,7 @@ def load_store(
     seed: int = 1,
     *,
     n_test: int | float | None = None,
-    verify: bool = False,
+    verify: bool | None = None,
 ) -> tuple[list[str], tuple[MolecularDataset, MolecularDataset, MolecularDataset], list]:
     """Open a store, split into training, validation and test data.
 
@@ -543,8 +557,8 @@ def load_store(
 
 def _read_record(path: Path) -> dict[str, Any]:
     """``store.json`` or a journal, if it is one that this version can read."""
-    record = load_json(path)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    record = load_record(path)
+    if record.get("format") != FORMAT:
         raise FileFormatError(f"{path} is not the record of a store")
     if record.get("version") != VERSION:
         raise FileFormatError(f"{path} is of version {record.get('version')!r}; this ndem_zoo reads version {VERSION}")
@@ -617,7 +631,7 @@ def _verify(folder: Path, record: dict[str, Any], schema: dict[str, _Column]) ->
 def _digest_of(file: BinaryIO, size: int) -> str:
     """SHA-256 of the next `size` bytes."""
     digest = hashlib.sha256()
-    while size > 0 and (chunk := file.read(min(size, 1 << 20))):
+    while size > 0 and (chunk := file.read(min(size, 1 << 18))):
         digest.update(chunk)
         size -= len(chunk)
     return digest.hexdigest()

@@ -313,15 +313,16 @@ def read_atoms(atoms: Atoms, energy_key: str | None = None, forces_key: str | No
 
 
 def _label(atoms: Atoms, name: str, key: str | None) -> Any:
-    """The label `name` from wherever it is; None when it is nowhere."""
+    """The label `name` from wherever it is, as numbers; None when it is nowhere."""
     stored = atoms.info if name == "energy" else atoms.arrays
     calculated = _calculated(atoms, name)
     if key is not None:
         # Pitfall: ASE's readers move "energy" and "forces" out of info and arrays into a calculator.
-        return stored.get(key, calculated if key == name else None)
-    found = {k: stored[k] for k in LABEL_KEYS[name] if k in stored}
+        value = stored.get(key, calculated if key == name else None)
+        return None if value is None else _numbers(key, value)
+    found = {k: _numbers(k, stored[k]) for k in LABEL_KEYS[name] if k in stored}
     if calculated is not None:
-        found = {name: calculated} | found
+        found = {name: _numbers(name, calculated)} | found
     if not found:
         return None
     (first, value), *others = found.items()
@@ -333,8 +334,16 @@ def _label(atoms: Atoms, name: str, key: str | None) -> Any:
     return value
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    a, b = np.ravel(np.asarray(a, dtype=np.float64)), np.ravel(np.asarray(b, dtype=np.float64))
+def _numbers(key: str, value: Any) -> np.ndarray:
+    """A label as an array of float64. Pitfall: ASE's readers leave what they cannot read as a number as text."""
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{key} is {str(value)[:60]!r}; allowed are numbers") from error
+
+
+def _is_same(a: np.ndarray, b: np.ndarray) -> bool:
+    a, b = np.ravel(a), np.ravel(b)
     return a.shape == b.shape and np.allclose(a, b, rtol=SAME_LABEL, atol=SAME_LABEL, equal_nan=True)
 
 

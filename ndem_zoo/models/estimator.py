@@ -834,6 +834,8 @@ callback, devices, nodes
             Before `fit`.
         FileExistsError
             If `path` is a file, or a folder with other content.
+        StorageError
+            If the disk is full; a model that was there before still is.
         """
         potential, path = self._weights(), Path(path)
         if not is_first():
@@ -857,9 +859,10 @@ callback, devices, nodes
             "provenance": self.provenance_,
         }
         with files.atomic_folder(path) as folder:
-            files.save_json(folder / "config.json", config)
             files.save_tensors(folder / "weights.safetensors", tensors)
             write_history(folder / "history.csv", self.history_)
+            digests = {name: files.file_digest(folder / name) for name in ("weights.safetensors", "history.csv")}
+            files.save_record(folder / "config.json", config | {"sha256": digests})
             files.write_text(
                 folder / "card.md", model_card(config, potential.n_parameters, self.history_, float(potential.shift))
             )
@@ -921,13 +924,15 @@ callback, devices, nodes
             If a file is damaged, from a newer version, or of another class than `cls`.
         """
         path = Path(path)
-        config = files.load_json(path / "config.json")
+        config = files.load_record(path / "config.json")
         try:
             if config["format"] > FORMAT:
                 raise FileFormatError(f"{path} has format {config['format']}; this version reads up to {FORMAT}")
             model_class = registry.lookup(registry.MODELS, config["model"], "model")
             params, resolved = config["params"], config["resolved"]
-            tensors = files.load_tensors(path / "weights.safetensors")
+            digests = config.get("sha256", {})  # models of older versions have none
+            tensors = files.load_tensors(path / "weights.safetensors", digests.get("weights.safetensors"))
+            files.check_digest(path / "history.csv", digests.get("history.csv"))
             if config["format"] == 1:  # from before there were targets other than energies
                 resolved["supervised"].setdefault("target", "energy")
                 resolved.setdefault("reference_energies", None)

@@ -6,9 +6,12 @@ direction and one meaning in both: from the center i = `dst` to the neighbor j =
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import sqlite3
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,10 @@ from ase import Atoms
 from ase.data import atomic_numbers
 from torch import Tensor
 
+from ndem_zoo.checkpoint import writing
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.datasets.checks import check_structures
-from ndem_zoo.errors import DataError
+from ndem_zoo.errors import DataError, FileFormatError
 from ndem_zoo.graph import PER_ATOM, Batch, within
 from ndem_zoo.optional import require
 from ndem_zoo.properties import property_of
@@ -91,7 +95,7 @@ def write_ase_db(
     if dataset.fixed is not None:
         table[CONSIDERED] = None
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
+    with writing(path), _sqlite(), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
         unfinished = os.path.join(folder, path.name)
         data = require("schnetpack.data", extra="schnetpack")
         references = _references(dataset, names, factors)
@@ -104,6 +108,17 @@ def write_ase_db(
             os.fsync(stream.fileno())
         os.replace(unfinished, path)
     return path
+
+
+@contextlib.contextmanager
+def _sqlite() -> Iterator[None]:
+    """A database that a full disk does not take raises the system's error."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "full" in str(error) or "disk I/O" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
 
 
 def read_ase_db(path: str | os.PathLike, *, names: Mapping[str, str] | None = None) -> MolecularDataset:
@@ -120,12 +135,24 @@ def read_ase_db(path: str | os.PathLike, *, names: Mapping[str, str] | None = No
     ------
     DataError
         If there is no such file, or a property whose unit is known here has none there or one of another kind.
+    FileFormatError
+        If the file is damaged.
     """
     if not Path(path).is_file():
         raise DataError(f"{path}: there is no such file")
-    names = dict(names or {})
     data = require("schnetpack.data", extra="schnetpack")
-    file = data.ASEAtomsData(str(path), distance_unit="Ang")
+    try:
+        return _dataset_of(path, data.ASEAtomsData(str(path), distance_unit="Ang"), dict(names or {}))
+    except DataError:
+        raise
+    # Pitfall: of a damaged file SQLite, ASE's reader and SchNetPack's raise whatever they trip over.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FileFormatError(f"{path} is damaged or no database of SchNetPack's ({reason[:300]})") from error
+
+
+def _dataset_of(path: str | os.PathLike, file: Any, names: Mapping[str, str]) -> MolecularDataset:
+    """All structures of an open database."""
     factors = {p: _factor(unit, _unit_of(names.get(p, p)), f"{path}: {p}") for p, unit in file.units.items()}
     rows = list(file.iter_properties())
     if not rows:
