@@ -1115,7 +1115,9 @@ def is_same_input(before: Any, raws: Sequence[RawStructure]) -> bool:
 
 def judge(entry: Entry, name: str, world: World, raws: Sequence[RawStructure], tally: Tally) -> None:
     """One case."""
-    made = prepared(entry, raws)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's and ASE's own, about imaginary parts
+        made = prepared(entry, raws)
     if made is None:
         tally.not_cases += 1
         return
