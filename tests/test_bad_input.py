@@ -157,7 +157,7 @@ PUBLIC: dict[str, tuple[str, ...] | str] = {
 }
 
 #: Entries beyond those of a public name: modules that are documented, but not handed on by the package.
-FURTHER = {"curvature.explained", "topology.perceive, add_terms"}
+FURTHER = {"curvature.Springs", "topology.perceive, add_terms"}
 
 
 def public_names() -> set[str]:

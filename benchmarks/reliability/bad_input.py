@@ -394,17 +394,25 @@ def compare_batch(world: World, raws: Sequence[RawStructure], batch: Batch) -> N
         same_edges(vectors[kept], raws[0], 3.0, dst[kept], 1e-4)
 
 
-@entry("RadiusGraph, arrays", form="arrays", many=False, elements=ANY_ELEMENT, share=90, compare=compare_graphs)
+@entry(
+    "RadiusGraph, arrays",
+    needs="dgl",
+    form="arrays",
+    many=False,
+    elements=ANY_ELEMENT,
+    share=90,
+    compare=compare_graphs,
+)
 def radius_graph(world: World, raws: Any) -> Any:
     return [RadiusGraph(3.0)(raws[0].arrays())]
 
 
-@entry("RadiusGraph.featurize", form="arrays", elements=ANY_ELEMENT, share=50, compare=compare_graphs)
+@entry("RadiusGraph.featurize", needs="dgl", form="arrays", elements=ANY_ELEMENT, share=50, compare=compare_graphs)
 def radius_graphs(world: World, raws: Any) -> Any:
     return RadiusGraph(3.0).featurize([raw.arrays() for raw in raws])
 
 
-@entry("RadiusGraph, Atoms", elements=ANY_ELEMENT, share=40, compare=compare_graphs)
+@entry("RadiusGraph, Atoms", needs="dgl", elements=ANY_ELEMENT, share=40, compare=compare_graphs)
 def radius_graph_of_atoms(world: World, atoms: Any) -> Any:
     return RadiusGraph(3.0).featurize(atoms)
 
@@ -421,7 +429,7 @@ def compare_nearest(world: World, raws: Sequence[RawStructure], graph: Any) -> N
         )
 
 
-@entry("RadiusGraph(max_neighbors=4)", form="arrays", many=False, share=40, compare=compare_nearest)
+@entry("RadiusGraph(max_neighbors=4)", needs="dgl", form="arrays", many=False, share=40, compare=compare_nearest)
 def nearest_graph(world: World, raws: Any) -> Any:
     return RadiusGraph(5.0, max_neighbors=4)(raws[0].arrays())
 
@@ -447,7 +455,7 @@ def dataset_columns(world: World, raws: Any) -> Any:
     return dataset.to_batch(3.0)
 
 
-@entry("MolecularDataset[i], X", form="arrays", many=False, share=40, compare=compare_graphs)
+@entry("MolecularDataset[i], X", needs="dgl", form="arrays", many=False, share=40, compare=compare_graphs)
 def dataset_items(world: World, raws: Any) -> Any:
     dataset = dataset_of(raws[0]).with_featurizer(RadiusGraph(3.0))
     assert dataset.X[0].num_edges() == dataset[0].num_edges()
@@ -471,7 +479,7 @@ def selection(world: World, raws: Any) -> Any:
     return world.once("frames", lambda: MolecularDataset.from_atoms(training_set())).select(raws[0].z)
 
 
-@entry("MolecularDataset.iterbatches", share=15, compare=compare_graphs)
+@entry("MolecularDataset.iterbatches", needs="dgl", share=15, compare=compare_graphs)
 def iterbatches(world: World, atoms: Any) -> Any:
     dataset = MolecularDataset.from_atoms(atoms).with_featurizer(RadiusGraph(3.0))
     return [graph for X, *_ in dataset.iterbatches(2, deterministic=True) for graph in X]
@@ -1005,7 +1013,7 @@ for field_name, needs in {"pairs": None, "valence": "rdkit", "mmff94": "rdkit", 
     )
 
 
-@entry("curvature.explained", share=4, may_refuse=True, many=False)
+@entry("curvature.Springs", share=4, may_refuse=True, many=False)
 def curvature(world: World, atoms: Any) -> Any:
     from ndem_zoo.curvature import Springs
 
@@ -1107,7 +1115,9 @@ def is_same_input(before: Any, raws: Sequence[RawStructure]) -> bool:
 
 def judge(entry: Entry, name: str, world: World, raws: Sequence[RawStructure], tally: Tally) -> None:
     """One case."""
-    made = prepared(entry, raws)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's and ASE's own, about imaginary parts
+        made = prepared(entry, raws)
     if made is None:
         tally.not_cases += 1
         return
