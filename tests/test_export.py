@@ -15,7 +15,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 
-from ndem_zoo import NDeMCalculator
+from ndem_zoo import NDeMCalculator, NDeMPaiNN
 from ndem_zoo.errors import ConfigError, NotFittedError
 from ndem_zoo.export import METADATA, AtomicEnergies, StructureModel, check_exported, example, range_of
 from ndem_zoo.models.potential import Potential
@@ -275,6 +275,18 @@ def test_metatomic_gives_energies_of_chosen_atoms_and_direct_forces(ethanol, tmp
     chosen = Labels(["system", "atom"], torch.tensor([[1, 7], [0, 2]]))
     some = calculator.run_model(pair, {"energy": ModelOutput(unit="eV", sample_kind="system")}, chosen)
     assert np.allclose(some["energy"].block().values.detach().numpy()[:, 0], [per_atom[0, 2], per_atom[1, 7]])
+
+
+def test_metatomic_refuses_what_was_traced_for_one_size(ethanol, tmp_path, metatomic):
+    """SchNetPack's sums are TorchScript functions, whose size a trace remembers."""
+    pytest.importorskip("schnetpack")
+    options = {"n_atom_basis": 8, "n_interactions": 1, "n_rbf": 4}
+    model = NDeMPaiNN(objective="supervised", backbone_options=options, device="cpu", progress=False).fit(
+        ethanol[:4], max_steps=1
+    )
+    with pytest.raises(ConfigError, match="SchNetPackBackbone cannot be traced"):
+        model.export(tmp_path / "model.pt", format="metatomic")
+    assert not list(tmp_path.iterdir())
 
 
 def test_metatomic_refuses_what_cannot_be_split(ethanol, tmp_path, metatomic):
