@@ -244,7 +244,7 @@ def _prepared(model: NDeMModel, device: str | None, precision: str | None) -> At
     if backbone.nearest is not None:
         raise ConfigError(
             f"{type(backbone).__name__} chooses the {backbone.nearest.number} nearest neighbors of each atom in every call, "
-            "which cannot be traced; TorchMDNet and SchNetPack's networks can be exported"
+            "which cannot be traced; TorchMDNet can be exported"
         )
     dtype = _DTYPES.get(precision or model.resolved_["settings"]["precision"], torch.float32)
     return AtomicEnergies(potential.to(torch_device(model.device if device is None else device), dtype).eval())
@@ -272,12 +272,8 @@ def _program(module: StructureModel, inputs: Inputs) -> torch.export.ExportedPro
         # torch.export alone does not look into the backward pass: first both passes become plain operations.
         graph = make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
         return export(graph, tuple(inputs), dynamic_shapes=(atoms, atoms, pairs, pairs, pairs), strict=False)
-    except Exception as error:  # torch raises what it likes, and the reason is in the first line
-        name = type(module.energies.potential.backbone).__name__
-        reason = str(error).strip().splitlines()
-        raise ConfigError(
-            f"{name} cannot be traced by torch {torch.__version__}: {type(error).__name__}: {reason[0] if reason else ''}"
-        ) from error
+    except Exception as error:  # torch raises what it likes
+        raise untraceable(module.energies, error) from error
 
 
 def _saved(program: torch.export.ExportedProgram, record: dict[str, Any]) -> tuple[bytes, Callable[..., Any]]:
@@ -332,6 +328,12 @@ def range_of(energies: AtomicEnergies, elements: list[int]) -> float:
     return cutoff * max(1, int(torch.where(seen, torch.maximum(src, dst), 0).max()))
 
 
+def untraceable(energies: AtomicEnergies, error: Exception) -> ConfigError:
+    """What to raise when torch could not make a program of a backbone, or not run it at another size."""
+    name, reason = type(energies.potential.backbone).__name__, [*str(error).strip().splitlines(), ""]
+    return ConfigError(f"{name} cannot be traced by torch {torch.__version__}: {type(error).__name__}: {reason[0]}")
+
+
 def check_exported(run: Callable[..., Any], energies: AtomicEnergies, elements: list[int]) -> None:
     """Compare an exported program with the model on structures of other sizes than it was made with.
 
@@ -352,7 +354,11 @@ def check_exported(run: Callable[..., Any], energies: AtomicEnergies, elements: 
         inputs = example(energies, elements, n, n, periodic)
         expected = truth(*inputs)
         limit = TOLERANCE[energies.dtype] * max(1.0, *(float(value.abs().max()) for value in expected[1:]), 0.0)
-        for name, found, value in zip(("energy", "forces"), run(*inputs), expected, strict=False):
+        try:
+            results = run(*inputs)
+        except RuntimeError as error:  # made for the size that it was traced with
+            raise untraceable(energies, error) from error
+        for name, found, value in zip(("energy", "forces"), results, expected, strict=False):
             difference = float((found - value).abs().max())
             if not difference <= limit:
                 raise ConfigError(

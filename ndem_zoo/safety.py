@@ -100,6 +100,8 @@ class Guard:
             If one of them is not finite; at once or, on a GPU, at most `WINDOW` steps later.
         """
         step, loss, self._loss = self._run.state.step, self._loss, None
+        if loss is None:  # a process without a share of this step
+            loss = torch.zeros((), dtype=torch.float64, device=gradient.device)
         self.losses.append(loss)
         self._last = step
         is_bad = ~(torch.isfinite(gradient) & torch.isfinite(loss))

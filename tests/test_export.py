@@ -15,7 +15,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 
-from ndem_zoo import NDeMCalculator
+from ndem_zoo import NDeMCalculator, NDeMPaiNN
 from ndem_zoo.errors import ConfigError, NotFittedError
 from ndem_zoo.export import METADATA, AtomicEnergies, StructureModel, check_exported, example, range_of
 from ndem_zoo.models.potential import Potential
@@ -109,12 +109,11 @@ def read_alone(folder: Path, jobs: list[tuple[str, list[Atoms]]]) -> list:
 
 
 def test_a_process_without_this_package_gives_the_calculators_numbers(ethanol, single, double, tmp_path):
+    """In float64; with a torch that cannot compile in float32, which is otherwise left to the test below."""
     some = structures(ethanol)
-    assert single.export(tmp_path / "single.pt2") == tmp_path / "single.pt2"
-    double.export(tmp_path / "double.pt2")
-    found = read_alone(tmp_path, [("single.pt2", some), ("double.pt2", some)])
-    assert_as_calculator(single, some, found[: len(some)], 1e-5)
-    assert_as_calculator(double, some, found[len(some) :], 1e-10)
+    model, tolerance = (single, 1e-5) if TORCH < (2, 6) else (double, 1e-10)
+    assert model.export(tmp_path / "model.pt2") == tmp_path / "model.pt2"
+    assert_as_calculator(model, some, read_alone(tmp_path, [("model.pt2", some)]), tolerance)
 
 
 @pytest.mark.slow
@@ -201,16 +200,16 @@ def test_what_cannot_be_exported_is_refused(ethanol, single, tmp_path):
 
 
 def test_a_backbone_that_cannot_be_traced_is_refused(ethanol, tmp_path, monkeypatch):
-    """The number of an array's elements decides what is done: caught by torch, or by the comparison."""
+    """One that decides by numbers that a trace does not have."""
     model = fitted(ethanol, forces="none")
     forward = TorchMDNet.forward
 
     def odd(self, batch, node_vectors=None):
-        features = forward(self, batch, node_vectors)
-        return features._replace(scalars=features.scalars * float(len(batch.src) + 1))
+        assert float(batch.pos.sum()) < 1e9
+        return forward(self, batch, node_vectors)
 
     monkeypatch.setattr(TorchMDNet, "forward", odd)
-    with pytest.raises(ConfigError, match="cannot be traced"):
+    with pytest.raises(ConfigError, match="TorchMDNet cannot be traced by torch"):
         model.export(tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
@@ -275,6 +274,18 @@ def test_metatomic_gives_energies_of_chosen_atoms_and_direct_forces(ethanol, tmp
     chosen = Labels(["system", "atom"], torch.tensor([[1, 7], [0, 2]]))
     some = calculator.run_model(pair, {"energy": ModelOutput(unit="eV", sample_kind="system")}, chosen)
     assert np.allclose(some["energy"].block().values.detach().numpy()[:, 0], [per_atom[0, 2], per_atom[1, 7]])
+
+
+def test_metatomic_refuses_what_was_traced_for_one_size(ethanol, tmp_path, metatomic):
+    """SchNetPack's sums are TorchScript functions, whose size a trace remembers."""
+    pytest.importorskip("schnetpack")
+    options = {"n_atom_basis": 8, "n_interactions": 1, "n_rbf": 4}
+    model = NDeMPaiNN(objective="supervised", backbone_options=options, device="cpu", progress=False).fit(
+        ethanol[:4], max_steps=1
+    )
+    with pytest.raises(ConfigError, match="SchNetPackBackbone cannot be traced"):
+        model.export(tmp_path / "model.pt", format="metatomic")
+    assert not list(tmp_path.iterdir())
 
 
 def test_metatomic_refuses_what_cannot_be_split(ethanol, tmp_path, metatomic):
