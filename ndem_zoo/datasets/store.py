@@ -275,7 +275,7 @@ class StoreWriter:
         self._files[key].write(data)
         self._digests[key].update(data)
 
-    def commit(self, source: str, digest: str | None = None) -> None:
+    def commit(self, source: str, digest: str | None = None, note: Any = None) -> None:
         """Make what was appended since the last commit last, under the name of its source.
 
         Parameters
@@ -284,6 +284,8 @@ class StoreWriter:
             Name of the file (or part of one) that it came from, different for each commit.
         digest
             Checksum of that file, for the record.
+        note
+            Anything else about the source, as JSON has it; in its entry of `sources`.
 
         Raises
         ------
@@ -302,6 +304,7 @@ class StoreWriter:
             "structures": self.structures - structures,
             "atoms": self.atoms - atoms,
             "columns": {key: value.hexdigest() for key, value in self._digests.items()},
+            "note": note,
         }
         self._write_journal()
         self._committed = (self.structures, self.atoms)
