@@ -144,7 +144,7 @@ class StoreWriter:
         }
         has_journal = _can_be_written(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = _locked(self.folder)
+        self._lock: int | None = locked(self.folder / LOCK)
         try:
             self._open(has_journal)
         except BaseException:
@@ -304,7 +304,7 @@ class StoreWriter:
             "structures": self.structures - structures,
             "atoms": self.atoms - atoms,
             "columns": {key: value.hexdigest() for key, value in self._digests.items()},
-            "note": note,
+            **({} if note is None else {"note": note}),
         }
         self._write_journal()
         self._committed = (self.structures, self.atoms)
@@ -320,7 +320,7 @@ class StoreWriter:
 
     def _write_journal(self) -> None:
         save_json(self.folder / JOURNAL, self._record())
-        _sync(self.folder)
+        sync_folder(self.folder)
 
     def finish(self) -> MolecularDataset:
         """Turn what is committed into a store, and open it.
@@ -342,7 +342,7 @@ class StoreWriter:
             file.flush()
             os.fsync(file.fileno())
         save_json(self.folder / RECORD, self._record())
-        _sync(self.folder)
+        sync_folder(self.folder)
         (self.folder / JOURNAL).unlink()
         (self.folder / LOCK).unlink()
         self.close()
@@ -381,14 +381,20 @@ def _can_be_written(folder: Path) -> bool:
     return False
 
 
-def _locked(folder: Path) -> int:
-    """Keep other writers out for as long as this process lives."""
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+def locked(path: Path) -> int:
+    """Open a file, and keep other writers out for as long as its handle, which is returned, is open.
+
+    Raises
+    ------
+    ConfigError
+        If another process has it.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise ConfigError(f"another process is writing the store in {folder}") from error
+        raise ConfigError(f"another process is writing {path.parent if path.name == LOCK else path}") from error
     except OSError:  # Choice: some network disks cannot lock; there, nobody is kept out
         pass
     return handle
@@ -461,7 +467,7 @@ def _card_record(card: DatasetCard | None) -> dict[str, Any] | None:
     return record | {"units": dict(card.units), "citation": list(card.citation)}
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -645,10 +651,13 @@ class StoredDataset(MolecularDataset):
         Where it is.
     settings
         What it was made with; see `StoreWriter`.
+    sources
+        What it was made of: the record of each source.
     """
 
     folder: Path
     settings: dict[str, Any]
+    sources: list[dict[str, Any]]
 
     @classmethod
     def _opened(
@@ -674,7 +683,7 @@ class StoredDataset(MolecularDataset):
             )
         except (DataError, TypeError, KeyError) as error:
             raise FileFormatError(f"{folder} is damaged: {error}") from error
-        new.folder, new.settings = folder, dict(record.get("settings") or {})
+        new.folder, new.settings, new.sources = folder, dict(record.get("settings") or {}), record["sources"]
         return new
 
     def select(self, indices: Any) -> MolecularDataset:
