@@ -137,7 +137,7 @@ def predict_files(
         if not output.is_finished:
             items = _items(streams, begun, output.wants_atoms)
             with closing(items):
-                for block, ends_shard in _blocks(items, int(shard)):
+                for block, ends_shard in _blocks(items, int(shard), BLOCK):
                     output.write(worker.predict(block))
                     if ends_shard:
                         output.commit()
@@ -253,7 +253,7 @@ def _given(structures: Iterable[Any]) -> Iterator[_Numbered]:
         yield _Numbered(number, 0, item)
 
 
-def _blocks(items: Iterable[_Numbered], shard: int, block: int = BLOCK) -> Iterator[tuple[list[_Numbered], bool]]:
+def _blocks(items: Iterable[_Numbered], shard: int, block: int) -> Iterator[tuple[list[_Numbered], bool]]:
     """Structures that are predicted together, and whether a shard ends behind them."""
     some: list[_Numbered] = []
     atoms = count = 0
@@ -305,9 +305,9 @@ class _Worker:
     def predict(self, block: list[_Numbered]) -> _Predicted:
         """Predictions for structures; those that cannot be predicted raise DataError, or are recorded."""
         rejected = [(it, it.item.problem) for it in block if it.item.structure is None]
-        self._stop_at(rejected)
         items = [it for it in block if it.item.structure is not None]
         items, dataset = self._sifted(items, rejected)
+        self._stop_at(rejected)
         if items:
             items, dataset = self._finite(items, dataset, self.model._columns_of_usable(dataset), rejected)
         rejected.sort(key=lambda pair: pair[0].number)
@@ -322,11 +322,9 @@ class _Worker:
             warnings.simplefilter("always", DataWarning)
             problems = unusable(self.model._check_usable, dataset)
         self._hand_on(caught, items)
-        bad = [(items[row], reason) for row, reason in problems.items()]
-        self._stop_at(bad)
-        rejected += bad
+        rejected += [(items[row], reason) for row, reason in problems.items()]
         good = [row for row in range(len(items)) if row not in problems]
-        return [items[row] for row in good], dataset.select(good) if bad else dataset
+        return [items[row] for row in good], dataset.select(good) if problems else dataset
 
     def _finite(
         self, items: list[_Numbered], dataset: MolecularDataset, columns: Mapping[str, np.ndarray], rejected: list

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,12 @@ class Ensemble:
 
     def _columns_of_usable(self, structures: MolecularDataset) -> dict[str, np.ndarray]:
         """Means and standard deviations in columns for structures that were checked."""
+        return self._spread(self._members_on(structures))
+
+    def _spread(self, members: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Mean and standard deviation over the first axis."""
         prediction = {}
-        for name, values in self._members_on(structures).items():
+        for name, values in members.items():
             prediction |= {name: values.mean(axis=0), f"{name}_std": values.std(axis=0) * self._factor(name)}
         return prediction
 
@@ -261,23 +265,35 @@ class Ensemble:
         found = [predict_columns(potential, structures, self.eval_batch_size) for potential in self._potentials]
         return {name: np.stack([columns[name] for columns in found]) for name in found[0]}
 
+    def on_batches(self, device: torch.device, dtype: torch.dtype) -> Callable[[Batch], dict[str, np.ndarray]]:
+        """What a calculator asks: means and standard deviations for a batch, of a copy on a device and in a precision.
+
+        Returns
+        -------
+        predict
+            From a batch to what `predict` returns, on the CPU in float64: energies (S,), forces (N, 3).
+        """
+        own = copy.copy(self)
+        own.device = device
+        own._prepare(dtype)
+
+        def predict(batch: Batch) -> dict[str, np.ndarray]:
+            members = {name: value.detach().double().cpu().numpy() for name, value in own._on_batch(batch).items()}
+            return own._spread(members)
+
+        return predict
+
     def _on_batch(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean and calibrated standard deviation for structures on the device: what a calculator asks for."""
+        """What each member says of a batch: (M, S), (M, N, 3)."""
         if self.stacked:
             with torch.no_grad():
-                members = self._add_priors(
-                    vmap(self._member, in_dims=(0, None))(self._state, batch.pos, batch=batch), batch
-                )
-        else:
-            found = [potential(batch) for potential in self._potentials]
-            columns = {found[0].target: [f.value for f in found], "forces": [f.forces for f in found]}
-            members = {name: torch.stack(values) for name, values in columns.items() if values[0] is not None}
-        prediction = {}
-        for name, values in members.items():
-            values = values.detach().double()
-            prediction[name] = values.mean(dim=0)
-            prediction[f"{name}_std"] = values.std(dim=0, correction=0) * self._factor(name)
-        return prediction
+                found = vmap(self._member, in_dims=(0, None))(self._state, batch.pos, batch=batch)
+                return self._add_priors(found, batch)
+        predictions = [potential(batch) for potential in self._potentials]
+        columns = {self._first.potential_.target: [p.value for p in predictions]}
+        if predictions[0].forces is not None:
+            columns["forces"] = [p.forces for p in predictions]
+        return {name: torch.stack(values) for name, values in columns.items()}
 
     def _predict_stacked(self, structures: MolecularDataset) -> dict[str, np.ndarray]:
         """See `predict_members`."""
@@ -289,11 +305,10 @@ class Ensemble:
         dtype = next(network.parameters()).dtype
         place = {"nearest": backbone.nearest, "device": self.device}
         collate = Collator(structures, backbone.cutoff, dtype, with_targets=False, **place)
-        with torch.no_grad(), contextlib.closing(load(collate, order)) as batches:
+        with contextlib.closing(load(collate, order)) as batches:
             for indices, batch in zip(order, batches, strict=True):
-                predicted = vmap(self._member, in_dims=(0, None))(self._state, batch.pos, batch=batch)
-                predicted = self._add_priors(predicted, batch)
-                columns[network.target][:, indices] = predicted[network.target].cpu().numpy()
+                predicted = self._on_batch(batch)
+                columns[network.target][:, indices] = predicted[network.target].double().cpu().numpy()
                 if "forces" in predicted:
                     atoms, _ = atom_indices(structures.ptr, indices)
                     columns["forces"][:, atoms] = predicted["forces"].double().cpu().numpy()

@@ -6,9 +6,10 @@ words. Everything is plain numbers, strings, lists and dicts. What is not known 
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,10 @@ MOST_STRUCTURES = 1_000
 
 #: Choice: radius in Å of the search for the shortest distances in periodic structures.
 PERIODIC_RADIUS = 3.5
+
+#: Choice: Å, width of the bins in which distances are counted, and the widest gap between two seen ones that is taken for
+#: chance, and not for a distance that structures avoid (a bond and the next neighbor are about 0.8 Å apart).
+BIN, GAP = 0.05, 0.3
 
 #: Distances that are held in memory together.
 _AT_ONCE = 1_000_000
@@ -72,7 +77,7 @@ def describe_data(
         record["earlier"] = list(before.get("earlier", ()))
         if before["split_hash"] != record["split_hash"]:
             record["earlier"].append({name: before[name] for name in ("name", "n_train", "split_hash")})
-        record["limits"] = _wider(before.get("limits"), record["limits"])
+        record["limits"] = wider(before.get("limits"), record["limits"])
     return record
 
 
@@ -104,11 +109,12 @@ def limits_of(dataset: MolecularDataset) -> dict[str, Any]:
         ``elements`` (atoms of each, by symbol), ``atoms`` (fewest and most in a structure), ``n_periodic`` and
         ``n_structures``; from ``n_looked_at`` structures, evenly spaced: ``shortest`` (Å, by pair of elements such as
         ``"H-O"``; in periodic structures only pairs within `PERIODIC_RADIUS`), ``longest`` (Å, within a structure that is
-        not periodic; None if there is none with two atoms).
+        not periodic; None if there is none with two atoms), ``seen`` (Å, by pair: from where to where there were distances,
+        up to `PERIODIC_RADIUS`, a list of pairs of numbers).
     """
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), MOST_STRUCTURES)).astype(np.int64))
     counts = sum(np.bincount(block.z, minlength=MAX_Z + 1) for _, block in blocks(dataset))
-    shortest, longest = _distances(dataset.select(rows))
+    shortest, longest, seen = _distances(dataset.select(rows))
     return {
         "elements": {chemical_symbols[z]: int(counts[z]) for z in np.flatnonzero(counts)},
         "atoms": [int(dataset.counts.min()), int(dataset.counts.max())],
@@ -117,12 +123,32 @@ def limits_of(dataset: MolecularDataset) -> dict[str, Any]:
         "n_looked_at": len(rows),
         "shortest": shortest,
         "longest": longest,
+        "seen": seen,
     }
 
 
-def _distances(dataset: MolecularDataset) -> tuple[dict[str, float], float | None]:
-    """Shortest distance of each pair of elements, and the longest within a structure that is not periodic."""
-    table, longest = np.full((MAX_Z + 1, MAX_Z + 1), np.inf), 0.0
+class _Table:
+    """Distances of pairs of elements: the shortest of each, and in which bins there were any."""
+
+    def __init__(self) -> None:
+        self.shortest = np.full((MAX_Z + 1, MAX_Z + 1), np.inf)
+        self.seen = np.zeros((MAX_Z + 1, MAX_Z + 1, round(PERIODIC_RADIUS / BIN)), dtype=bool)
+
+    def enter(self, a: np.ndarray, b: np.ndarray, distance: np.ndarray) -> None:
+        low, high, distance = np.minimum(a, b).ravel(), np.maximum(a, b).ravel(), distance.ravel()
+        np.minimum.at(self.shortest, (low, high), distance)
+        near = distance < PERIODIC_RADIUS
+        self.seen[low[near], high[near], (distance[near] / BIN).astype(np.int64)] = True
+
+    def pairs(self) -> dict[str, tuple[int, int]]:
+        """Pairs of elements that there were, by symbols."""
+        low, high = np.nonzero(np.triu(np.isfinite(self.shortest)))
+        return {f"{chemical_symbols[a]}-{chemical_symbols[b]}": (a, b) for a, b in zip(low, high, strict=True)}
+
+
+def _distances(dataset: MolecularDataset) -> tuple[dict[str, float], float | None, dict[str, list[list[float]]]]:
+    """By pair of elements, the shortest distance and the ranges seen; and the longest in a structure that is not periodic."""
+    table, longest = _Table(), 0.0
     is_periodic = np.zeros(len(dataset), dtype=bool) if dataset.pbc is None else dataset.pbc.any(axis=1)
     for size in np.unique(dataset.counts[~is_periodic]):
         rows = np.flatnonzero(~is_periodic & (dataset.counts == size))
@@ -130,35 +156,48 @@ def _distances(dataset: MolecularDataset) -> tuple[dict[str, float], float | Non
             longest = max(longest, _enter_molecules(table, dataset.select(part), int(size)))
     for row in np.flatnonzero(is_periodic):
         _enter_periodic(table, dataset.select([row]))
-    low, high = np.nonzero(np.triu(np.isfinite(table)))
-    pairs = {f"{chemical_symbols[a]}-{chemical_symbols[b]}": float(table[a, b]) for a, b in zip(low, high, strict=True)}
-    return pairs, longest or None
+    shortest = {name: float(table.shortest[pair]) for name, pair in table.pairs().items()}
+    seen = {name: _merged_ranges(_ranges(table.seen[pair])) for name, pair in table.pairs().items()}
+    return shortest, longest or None, {name: ranges for name, ranges in seen.items() if ranges}
 
 
-def _enter_molecules(table: np.ndarray, part: MolecularDataset, size: int) -> float:
+def _ranges(seen: np.ndarray) -> list[list[float]]:
+    """From where to where, in Å, bins in a row are set."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], seen, [False]]).astype(np.int8)))
+    return [[round(start * BIN, 6), round(stop * BIN, 6)] for start, stop in edges.reshape(-1, 2)]
+
+
+def _merged_ranges(ranges: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Ranges in order, with those in one that overlap or are hardly apart."""
+    merged: list[list[float]] = []
+    for start, stop in sorted(ranges):
+        if merged and start - merged[-1][1] < GAP:
+            merged[-1][1] = max(stop, merged[-1][1])
+        else:
+            merged.append([start, stop])
+    return merged
+
+
+def _enter_molecules(table: _Table, part: MolecularDataset, size: int) -> float:
     """Put all distances of structures of one size, not periodic, into the table; returns the longest."""
     first, second = np.triu_indices(size, k=1)
     if not len(first):
         return 0.0
     pos, z = part.pos.reshape(-1, size, 3), part.z.reshape(-1, size).astype(np.int64)
     distance = np.linalg.norm(pos[:, first] - pos[:, second], axis=-1)
-    _enter(table, z[:, first], z[:, second], distance)
+    table.enter(z[:, first], z[:, second], distance)
     return float(distance.max())
 
 
-def _enter_periodic(table: np.ndarray, one: MolecularDataset) -> None:
+def _enter_periodic(table: _Table, one: MolecularDataset) -> None:
     """Put the distances of one periodic structure, images included, into the table."""
     src, dst, shift = neighbor_list(one.pos, PERIODIC_RADIUS, one.cell[0], one.pbc[0])
     z = one.z.astype(np.int64)
-    _enter(table, z[src], z[dst], np.linalg.norm(one.pos[src] + shift - one.pos[dst], axis=-1))
+    table.enter(z[src], z[dst], np.linalg.norm(one.pos[src] + shift - one.pos[dst], axis=-1))
 
 
-def _enter(table: np.ndarray, a: np.ndarray, b: np.ndarray, distance: np.ndarray) -> None:
-    np.minimum.at(table, (np.minimum(a, b).ravel(), np.maximum(a, b).ravel()), distance.ravel())
-
-
-def _wider(one: Mapping[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
-    """Limits of two sets of structures together."""
+def wider(one: Mapping[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
+    """Limits of two sets of structures together; of the second, if there is no record of the first."""
     if not one:
         return other
     longest = [limits["longest"] for limits in (one, other) if limits["longest"] is not None]
@@ -168,6 +207,7 @@ def _wider(one: Mapping[str, Any] | None, other: dict[str, Any]) -> dict[str, An
         **{name: max(one[name], other[name]) for name in ("n_periodic", "n_structures", "n_looked_at")},
         "shortest": _merged(one["shortest"], other["shortest"], min),
         "longest": max(longest, default=None),
+        "seen": _merged(one.get("seen", {}), other["seen"], lambda ranges: _merged_ranges([*itertools.chain(*ranges)])),
     }
 
 

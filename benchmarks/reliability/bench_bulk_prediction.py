@@ -102,10 +102,25 @@ def train(sets: list[MolecularDataset], folder: Path, steps: int) -> None:
 
 def start(model: Path, source: Path, out: Path, shard: int) -> subprocess.Popen:
     """``ndem-zoo predict`` in a process of its own."""
-    words = ["predict", "--model", model, "--data", source, "--out", out, "--shard", shard, "--resume", "--device", "cpu"]
+    words = [
+        "predict",
+        "--model",
+        model,
+        "--data",
+        source,
+        "--out",
+        out,
+        "--shard",
+        shard,
+        "--resume",
+        "--device",
+        "cpu",
+    ]
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     command = [sys.executable, "-m", "ndem_zoo.cli", *map(str, words), "--quiet"]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def memory_of(process: int) -> float | None:
@@ -144,13 +159,15 @@ def finished(process: subprocess.Popen) -> None:
         raise SystemExit(f"ndem-zoo predict ended with {process.returncode}: {said}")
 
 
-def killed_again_and_again(begin: Callable[[], subprocess.Popen], out: Path, kills: int, seconds: float, seed: int) -> list:
+def killed_again_and_again(
+    begin: Callable[[], subprocess.Popen], out: Path, kills: int, seconds: float, seed: int
+) -> list:
     """Kill the process so many times, at moments drawn at random, then let it finish."""
     rng, history = np.random.default_rng(seed), []
     for _ in range(kills):
         process, before = begin(), done(out)
-        # Of `seconds` for the whole work, so that all kills come before its end; loading libraries takes some time, too.
-        wait = 2.0 + rng.uniform(0.1, 1.0) * seconds / kills
+        # On average the kills are spread over the whole work, of `seconds`; libraries are loaded, and a shard lost, each time.
+        wait = 3.0 + rng.uniform(0.2, 1.8) * seconds / kills
         try:
             process.wait(wait)
             finished(process)
@@ -200,7 +217,9 @@ def verify(out: Path, source: Path, model: Path, n: int, subset: int, seed: int)
     (stream,) = open_streams(source)
     for item in stream.items():
         place = slice(store.ptr[item.row], store.ptr[item.row + 1])
-        if not (np.array_equal(store.z[place], item.structure.z) and np.array_equal(store.pos[place], item.structure.pos)):
+        if not (
+            np.array_equal(store.z[place], item.structure.z) and np.array_equal(store.pos[place], item.structure.pos)
+        ):
             raise SystemExit(f"structure {item.row} of {out} is not that of the file")
         if item.row in chosen:
             kept.append(Atoms(numbers=item.structure.z, positions=item.structure.pos))
@@ -210,7 +229,12 @@ def verify(out: Path, source: Path, model: Path, n: int, subset: int, seed: int)
     forces = np.abs(np.concatenate([*direct["forces"]]) - found.targets["forces"]).max()
     if energy > 1e-4 or forces > 1e-4:
         raise SystemExit(f"predictions differ by {energy} eV and {forces} eV/Å from direct ones")
-    return {"n": n, "compared": subset, "energy_difference_eV": float(energy), "forces_difference_eV_per_A": float(forces)}
+    return {
+        "n": n,
+        "compared": subset,
+        "energy_difference_eV": float(energy),
+        "forces_difference_eV_per_A": float(forces),
+    }
 
 
 def same_bytes(one: Path, other: Path) -> bool:
@@ -264,7 +288,9 @@ def main() -> None:
     parser.add_argument("--shard", type=int, default=5_000)
     parser.add_argument("--kills", type=int, default=8)
     parser.add_argument("--steps", type=int, default=300, help="of the training of the model")
-    parser.add_argument("--subset", type=int, default=2_000, help="structures that are compared with direct predictions")
+    parser.add_argument(
+        "--subset", type=int, default=2_000, help="structures that are compared with direct predictions"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/bulk"), help="folder for input, model and outputs")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -286,7 +312,7 @@ def main() -> None:
     seconds = time.perf_counter() - begin
     print(f"straight: {seconds:.0f} s, {line_through(looks, args.n)}", flush=True)
     kills = killed_again_and_again(
-        lambda: start(model, source, killed, args.shard), killed, args.kills, 0.8 * seconds, args.seed
+        lambda: start(model, source, killed, args.shard), killed, args.kills, seconds, args.seed
     )
     checks = [verify(folder, source, model, args.n, args.subset, args.seed) for folder in (straight, killed)]
     record = {
