@@ -27,6 +27,7 @@ from ndem_zoo.featurizers.base import Structure, check_structure
 from ndem_zoo.featurizers.radius import check_distances
 from ndem_zoo.graph import Batch, make_batch
 from ndem_zoo.models.estimator import NDeMModel, check_known_elements, torch_device
+from ndem_zoo.provenance import N_NEAREST
 from ndem_zoo.validity import KINDS, training_range
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ _DTYPES = {"32-true": torch.float32, "64-true": torch.float64}
 _WORDS = {
     "short": "nearer than any such pair in the training data",
     "unseen": "a distance that no such pair has in the training data",
+    "apart": "farther from its neighbors than any atom of its element in the training data",
     "size": "farther than any atoms of a molecule in the training data",
 }
 
@@ -107,7 +109,8 @@ class NDeMCalculator(Calculator):
     outside : dict
         How many structures were outside of the training data, by what was: ``"element"``, ``"short"`` (a distance shorter
         than any of its pair of elements), ``"unseen"`` (a distance within 3.5 Å that its pair never had, as of a bond that
-        is torn), ``"size"`` (a molecule longer than any). Of large and periodic structures only those for which edges are
+        is torn), ``"apart"`` (an atom farther from its nearest neighbors than any of its element), ``"size"`` (a molecule
+        longer than any). Of large and periodic structures only those for which edges are
         made are looked at.
 
     Raises
@@ -228,11 +231,10 @@ class NDeMCalculator(Calculator):
         """Warn about what is outside of the training data; once for each kind, since dynamics may go on for long."""
         if edges.pairs is None:
             return
-        for kind, edge in self._range.check(edges.pairs, distance, edges.is_whole).items():
+        found = self._range.check(structure.z, edges.dst, edges.pairs, distance, edges.is_whole)
+        for kind, (place, length) in found.items():
             if not self.outside[kind]:
-                a, b = int(edges.dst[edge]), int(edges.src[edge])
-                symbols = "-".join(chemical_symbols[structure.z[atom]] for atom in (a, b))
-                self._warn(f"atoms {a} and {b} ({symbols}) are {distance[edge]:.3f} Å apart, {_WORDS[kind]}")
+                self._warn(f"{_named(structure.z, edges, kind, place, length)}, {_WORDS[kind]}")
             self.outside[kind] += 1
         if self._unknown == "warn" and self._range.unknown(structure.z) is not None:
             self.outside["element"] += 1
@@ -271,6 +273,14 @@ class NDeMCalculator(Calculator):
         indices = batch.src.numpy(), batch.dst.numpy(), batch.shift.double().numpy()
         pairs = None if self._range is None else self._range.pairs(structure.z, *indices[:2])
         return _Edges(structure, batch.to(self.device), *indices, pairs)
+
+
+def _named(z: np.ndarray, edges: _Edges, kind: str, place: int, length: float) -> str:
+    """The atoms that are outside of the training data, and how far apart they are."""
+    if kind == "apart":
+        return f"atom {place} ({chemical_symbols[z[place]]}) has one of its {N_NEAREST} neighbors {length:.3f} Å away"
+    a, b = int(edges.dst[place]), int(edges.src[place])
+    return f"atoms {a} and {b} ({chemical_symbols[z[a]]}-{chemical_symbols[z[b]]}) are {length:.3f} Å apart"
 
 
 def _opened(model: NDeMModel | Ensemble | str | os.PathLike) -> NDeMModel | Ensemble:

@@ -159,9 +159,9 @@ class Ensemble:
     def calibrate(self, dataset: Any) -> Ensemble:
         """Find the factors that make standard deviations fit the errors on labeled data, and use them from now on.
 
-        One factor for energies (or another target) and one for all force components: the root mean square of error over
-        standard deviation, which maximizes the likelihood of the errors if they are normally distributed with that
-        deviation. What was not trained on is needed, such as the validation data.
+        One factor for energies (or another target) and one for all force components, which make the deviations as large as
+        the errors in the root mean square (`uncertainty.recalibration_factor`). What was not trained on is needed, such as
+        the validation data.
 
         Parameters
         ----------
@@ -244,10 +244,12 @@ class Ensemble:
             names, calibration = [str(name) for name in record["members"]], record["calibration"]
             if any(Path(name).name != name for name in names):
                 raise FileFormatError(f"{path / RECORD} names members outside of its folder: {names}")
-            if calibration is not None:
-                calibration = calibration | {"factors": {k: float(v) for k, v in calibration["factors"].items()}}
+            if calibration is not None and not all(0 < float(f) < np.inf for f in calibration["factors"].values()):
+                raise ValueError(f"factors {calibration['factors']}; they must be positive numbers")
             ensemble = cls([path / name for name in names], device=device, stacked=stacked)
-        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, FileFormatError):
+                raise
             raise FileFormatError(f"{path / RECORD} does not describe an ensemble of ours: {error!r}") from error
         ensemble.calibration_ = calibration
         return ensemble

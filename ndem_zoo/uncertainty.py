@@ -18,7 +18,7 @@ SHARES = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 
 def recalibration_factor(error: np.ndarray, std: np.ndarray) -> tuple[float, int]:
-    """What standard deviations must be multiplied with to fit the errors, by maximum likelihood.
+    """What standard deviations must be multiplied with to be as large as the errors.
 
     Parameters
     ----------
@@ -31,8 +31,9 @@ def recalibration_factor(error: np.ndarray, std: np.ndarray) -> tuple[float, int
     Returns
     -------
     factor : float
-        The root mean square of error over deviation. Eq.: it minimizes the mean of
-        ``log(f std) + error² / (2 f² std²)`` over f.
+        Root mean square of the errors over that of the deviations. Choice: not the root mean square of their quotient, which
+        would maximize a normal likelihood: the deviation of M members is itself an estimate, that quotient follows Student's
+        distribution with M - 1 degrees of freedom, and its mean square has no limit for M = 2 and 3.
     n : int
         So many numbers counted.
 
@@ -45,7 +46,7 @@ def recalibration_factor(error: np.ndarray, std: np.ndarray) -> tuple[float, int
     known = std > 0
     if not known.any():
         raise DataError(f"all {std.size} standard deviations are 0: members that always agree have no spread to scale")
-    factor = float(np.sqrt(np.mean(np.square(error[known] / std[known]))))
+    factor = float(np.sqrt(np.mean(np.square(error[known])) / np.mean(np.square(std[known]))))
     if factor == 0:
         raise DataError("all errors are 0: labels that the model made itself say nothing about its errors")
     return factor, int(known.sum())

@@ -17,7 +17,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from ndem_zoo.errors import DataError
 from ndem_zoo.graph import neighbor_list
 from ndem_zoo.physics import MAX_Z
-from ndem_zoo.provenance import BIN, PERIODIC_RADIUS, wider
+from ndem_zoo.provenance import BIN, N_NEAREST, PERIODIC_RADIUS, nearest_distances, wider
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 #: Choice: Å that distances may be beyond those that were seen, and share by which a molecule may be longer.
 MARGIN, LONGER = 0.1, 0.05
 
-#: What may be outside, and how it is said. The numbers of the second and third are those in the table.
-KINDS = ("element", "short", "unseen", "size")
+#: What may be outside: an element; a distance shorter than any of its pair of elements; a distance within
+#: `PERIODIC_RADIUS` that its pair never had; an atom farther from its neighbors than any of its element; the size of a molecule.
+KINDS = ("element", "short", "unseen", "apart", "size")
 _SHORT, _UNSEEN = 1, 2
 
 
@@ -39,7 +40,7 @@ class TrainingRange:
     ----------
     limits
         What `provenance.limits_of` returned; in a fitted model, ``model.training_data_["limits"]``. Models of older
-        versions have no ``seen``: then only the shortest distances and the size of molecules count.
+        versions have no ``seen`` and ``nearest``: then only the shortest distances and the size of molecules count.
 
     Attributes
     ----------
@@ -59,6 +60,11 @@ class TrainingRange:
             self._code = np.full(MAX_Z + 1, len(known))
             self._code[known] = np.arange(len(known))
             self._table = self._make_table(limits)
+            self._nearest = np.full((len(known) + 1, N_NEAREST), np.inf)
+            for symbol, distances in limits.get("nearest", {}).items():
+                self._nearest[self._code[atomic_numbers[symbol]]] = [
+                    np.inf if d is None else d + MARGIN for d in distances
+                ]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"the record of the limits of the training data is damaged: {error!r}") from error
 
@@ -84,36 +90,54 @@ class TrainingRange:
         n = len(self._table)
         return (self._code[z[src]] * n + self._code[z[dst]]) * self._table.shape[2]
 
-    def check(self, pairs: np.ndarray, distance: np.ndarray, is_whole: bool) -> dict[str, int]:
-        """What is outside, and an edge that shows it.
+    def check(
+        self, z: np.ndarray, dst: np.ndarray, pairs: np.ndarray, distance: np.ndarray, is_whole: bool
+    ) -> dict[str, tuple[int, float]]:
+        """What is outside, and what shows it.
 
         Parameters
         ----------
-        pairs : (E,)
-            See `pairs`.
-        distance : (E,)
-            Lengths of the edges in Å.
+        z : (N,)
+            Atomic numbers.
+        dst, pairs, distance : (E,)
+            Centers of the edges, rows of the table (see `pairs`), and lengths in Å. Edges must be complete up to
+            `PERIODIC_RADIUS`, or the cutoff where that is shorter.
         is_whole
-            Whether the edges are all pairs of a molecule, so that the longest of them is its size.
+            Whether the edges are all pairs of a molecule, in the order of `graph.all_pairs`; the longest of them is its size.
 
         Returns
         -------
         found : dict
-            For each of `KINDS` that is outside (but ``"element"``, which no distance tells), the number of an edge.
+            For each of `KINDS` that is outside (but ``"element"``, which no distance tells), the number of an edge, or for
+            ``"apart"`` that of an atom, and the distance in Å.
         """
+        n = len(z)
+        if is_whole and n > N_NEAREST:  # each center has an edge from every other atom, one center after the other
+            nearest = np.sort(distance.reshape(n, n - 1), axis=1)[:, :N_NEAREST]
+        else:
+            nearest = nearest_distances(dst, distance, n)
+        found = self._apart(z, nearest)
         if not len(distance):
-            return {}
+            return found
         bins = np.minimum(distance * (1 / BIN), self._table.shape[2] - 1).astype(np.int64)
         kinds = self._table.ravel()[pairs + bins]
-        found = {}
         if kinds.any():
             for name, kind in (("short", _SHORT), ("unseen", _UNSEEN)):
                 edges = np.flatnonzero(kinds == kind)
                 if len(edges):
-                    found[name] = int(edges[distance[edges].argmin()])
+                    edge = int(edges[distance[edges].argmin()])
+                    found[name] = edge, float(distance[edge])
         if is_whole and self.longest is not None and distance.max() > self.longest * (1 + LONGER):
-            found["size"] = int(distance.argmax())
+            found["size"] = int(distance.argmax()), float(distance.max())
         return found
+
+    def _apart(self, z: np.ndarray, nearest: np.ndarray) -> dict[str, tuple[int, float]]:
+        """An atom whose neighbors are farther than those of any atom of its element."""
+        excess = nearest > self._nearest[self._code[z]]
+        if not excess.any():
+            return {}
+        atom, place = (int(index) for index in np.argwhere(excess)[0])
+        return {"apart": (atom, float(nearest[atom, place]))}
 
     def unknown(self, z: np.ndarray) -> str | None:
         """Symbol of an element of atoms with numbers `z` (N,) that there was none of; None if there is none such."""
@@ -134,7 +158,7 @@ class TrainingRange:
         structure = dataset.structure(row)
         src, dst, shift = neighbor_list(structure.pos, PERIODIC_RADIUS, structure.cell, structure.pbc)
         distance = np.linalg.norm(structure.pos[src] + shift - structure.pos[dst], axis=1)
-        found = set(self.check(self.pairs(structure.z, src, dst), distance, False))
+        found = set(self.check(structure.z, dst, self.pairs(structure.z, src, dst), distance, False))
         if self.unknown(structure.z) is not None:
             found.add("element")
         is_free = structure.pbc is None or not structure.pbc.any()
