@@ -185,7 +185,7 @@ def table(record: dict[str, Any]) -> str:
         "Area: between the reliability curve and the diagonal (0 to 0.5). NLL: negative log likelihood of a normal distribution, in",
         "nats, of numbers in eV and eV/Å. Deviations of distorted frames are medians over frames, calibrated; `by` says what is",
         "outside: `short` (a distance shorter than any of its pair of elements), `unseen` (one that its pair never had within 3.5 Å),",
-        "`size` (longer than any molecule). Made by:",
+        "`apart` (an atom farther from its nearest neighbors than any of its element), `size` (longer than any molecule). Made by:",
         "",
         f"    {record['command']}",
         "",

@@ -49,8 +49,8 @@ MOVED = 0.02
 #: Seconds between looks at the memory of the process.
 LOOK_EVERY = 0.25
 
-#: Choice: the beginning of a run does not count for the slope: libraries are loaded, and the allocator takes what it needs.
-WARM_UP = 0.2
+#: Choice: the first half of a run does not count for the slope: there the allocator takes what it needs, step by step.
+WARM_UP = 0.5
 
 
 # -------------------------------------------------------------------------------------------------------------- the input
@@ -181,7 +181,7 @@ def killed_again_and_again(
     return history
 
 
-def line_through(looks: list[tuple[float, float, int]], n: int) -> dict[str, float]:
+def line_through(looks: list[tuple[float, float, int]], n: int) -> dict[str, Any]:
     """Slope of memory against structures, without the warm-up; its standard error from means of ten stretches."""
     structures = np.array([look[2] for look in looks], dtype=float)
     memory = np.array([look[1] for look in looks])
@@ -200,6 +200,7 @@ def line_through(looks: list[tuple[float, float, int]], n: int) -> dict[str, flo
         "least_MB": float(y.min()),
         "peak_MB": float(y.max()),
         "looks": len(y),
+        "at": [(int(k), float(memory[structures >= k][0])) for k in n * np.array([0.1, 0.25, 0.5, 0.75, 0.95])],
     }
 
 
@@ -268,6 +269,7 @@ def table(record: dict[str, Any]) -> str:
             f"| memory after the first {WARM_UP:.0%} of the structures, mean (least to peak), MB | {memory['mean_MB']:.1f} "
             f"({memory['least_MB']:.1f} to {memory['peak_MB']:.1f}) |",
             f"| slope of the memory, MB per 100,000 structures | {memory['slope_MB_per_100000']:+.2f} ± {memory['slope_error_MB_per_100000']:.2f} |",
+            f"| memory after {', '.join(f'{k:,}' for k, _ in memory['at'])} structures, MB | {', '.join(f'{m:.1f}' for _, m in memory['at'])} |",
             f"| seconds (machine shared with other work) | {record['seconds']:.0f} |",
             "",
             "Memory is what belongs to the process alone (`RssAnon`), looked at every quarter of a second; the error of the slope",
