@@ -130,7 +130,7 @@ def predict_files(
         raise ConfigError(f"shard={shard!r}; it must be a whole number of structures >= 1")
     streams = _streams_of(sources)
     settings = {"model": digest_of(model), "inputs": [s.identity() for s in streams], "on_error": on_error}
-    worker = _Worker(model, [stream.name for stream in streams], on_error)
+    worker = Worker(model, [stream.name for stream in streams], on_error)
     kind = _ExtxyzOutput if str(out).lower().endswith("xyz") else _StoreOutput
     with kind(Path(out), settings, resume) as output:
         begun = output.progress
@@ -174,7 +174,7 @@ def predict_stream(
     """
     if not (isinstance(block, (int, np.integer)) and block >= 1):
         raise ConfigError(f"block={block!r}; it must be a whole number of structures >= 1")
-    worker = _Worker(model, [""], "stop")
+    worker = Worker(model, [""], "stop")
     for some, _ in _blocks(_given(structures), int(block), int(block)):
         found = worker.predict(some)
         yield from map(found.of, range(len(found.items)))
@@ -198,8 +198,8 @@ def digest_of(model: NDeMModel | Ensemble) -> str:
 
 
 @dataclass(frozen=True)
-class _Numbered:
-    """A structure, and where in the input as a whole it is."""
+class Numbered:
+    """A structure, and where in the input as a whole it is: its number, and that of its source."""
 
     number: int
     source: int
@@ -230,32 +230,32 @@ def _streams_of(sources: Any) -> list[Stream]:
     return [DatasetStream(as_dataset(sources))]
 
 
-def _items(streams: Sequence[Stream], start: _Progress, with_atoms: bool) -> Iterator[_Numbered]:
+def _items(streams: Sequence[Stream], start: _Progress, with_atoms: bool) -> Iterator[Numbered]:
     """All structures behind those that are done."""
     number, row, place = start.read, start.row, start.place
     for source in range(start.source, len(streams)):
         with closing(streams[source].items(row, place, with_atoms)) as items:
             for item in items:
-                yield _Numbered(number, source, item)
+                yield Numbered(number, source, item)
                 number += 1
         row = place = 0
     if not number:
         raise DataError("there are no structures to predict; needed is one or more")
 
 
-def _given(structures: Iterable[Any]) -> Iterator[_Numbered]:
+def _given(structures: Iterable[Any]) -> Iterator[Numbered]:
     """Structures in memory."""
     for number, value in enumerate(structures):
         try:
             item = Item(number, 0, as_structure(value))
         except DataError as error:
             item = Item(number, 0, problem=str(error))
-        yield _Numbered(number, 0, item)
+        yield Numbered(number, 0, item)
 
 
-def _blocks(items: Iterable[_Numbered], shard: int, block: int) -> Iterator[tuple[list[_Numbered], bool]]:
+def _blocks(items: Iterable[Numbered], shard: int, block: int) -> Iterator[tuple[list[Numbered], bool]]:
     """Structures that are predicted together, and whether a shard ends behind them."""
-    some: list[_Numbered] = []
+    some: list[Numbered] = []
     atoms = count = 0
     for item in items:
         some.append(item)
@@ -273,16 +273,25 @@ def _blocks(items: Iterable[_Numbered], shard: int, block: int) -> Iterator[tupl
 
 
 @dataclass(frozen=True)
-class _Predicted:
-    """A block: structures with predictions, and those without.
+class Predicted:
+    """A block of structures with predictions, and those without.
 
-    `dataset` has the predictions as targets; it is None if all structures were rejected. `last` is the last of all.
+    Attributes
+    ----------
+    items
+        Structures with predictions.
+    dataset
+        The same as a dataset, whose targets are the predictions; None if there are none.
+    rejected
+        Structures that cannot be predicted, and why.
+    last
+        The last structure of all.
     """
 
-    items: list[_Numbered]
+    items: list[Numbered]
     dataset: MolecularDataset | None
-    rejected: list[tuple[_Numbered, str]]
-    last: _Numbered | None
+    rejected: list[tuple[Numbered, str]]
+    last: Numbered | None
 
     def of(self, row: int) -> dict[str, Any]:
         """Predictions of one structure."""
@@ -294,15 +303,31 @@ class _Predicted:
         }
 
 
-class _Worker:
-    """Predicts blocks with one model."""
+class Worker:
+    """Predicts blocks with one model.
+
+    Parameters
+    ----------
+    model
+        A fitted model, or an `Ensemble`.
+    names
+        Of the sources, for messages.
+    on_error
+        See `predict_files`.
+
+    Attributes
+    ----------
+    columns : dict of str to bool
+        What is predicted, and whether it has a row for each atom.
+    """
 
     def __init__(self, model: NDeMModel | Ensemble, names: Sequence[str], on_error: str) -> None:
         self.model, self.names, self.on_error = model, names, on_error
         self._has_warned = False
         model._check_usable(_EMPTY)  # whether it is fitted is seen before anything is written
+        self.columns = {name: name.startswith("forces") for name in model._columns_of_usable(_EMPTY)}
 
-    def predict(self, block: list[_Numbered]) -> _Predicted:
+    def predict(self, block: list[Numbered]) -> Predicted:
         """Predictions for structures; those that cannot be predicted raise DataError, or are recorded."""
         rejected = [(it, it.item.problem) for it in block if it.item.structure is None]
         items = [it for it in block if it.item.structure is not None]
@@ -311,9 +336,9 @@ class _Worker:
         if items:
             items, dataset = self._finite(items, dataset, self.model._columns_of_usable(dataset), rejected)
         rejected.sort(key=lambda pair: pair[0].number)
-        return _Predicted(items, dataset if items else None, rejected, block[-1] if block else None)
+        return Predicted(items, dataset if items else None, rejected, block[-1] if block else None)
 
-    def _sifted(self, items: list[_Numbered], rejected: list) -> tuple[list[_Numbered], MolecularDataset | None]:
+    def _sifted(self, items: list[Numbered], rejected: list) -> tuple[list[Numbered], MolecularDataset | None]:
         """Structures that the model can predict, as columns."""
         if not items:
             return items, None
@@ -327,10 +352,10 @@ class _Worker:
         return [items[row] for row in good], dataset.select(good) if problems else dataset
 
     def _finite(
-        self, items: list[_Numbered], dataset: MolecularDataset, columns: Mapping[str, np.ndarray], rejected: list
-    ) -> tuple[list[_Numbered], MolecularDataset]:
+        self, items: list[Numbered], dataset: MolecularDataset, columns: Mapping[str, np.ndarray], rejected: list
+    ) -> tuple[list[Numbered], MolecularDataset]:
         """Structures whose predictions are numbers, with these as targets."""
-        per_atom = {name: name.startswith("forces") for name in columns}
+        per_atom = self.columns
         is_good = np.ones(len(items), dtype=bool)
         for name, values in columns.items():
             finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
@@ -352,7 +377,7 @@ class _Worker:
         good = np.flatnonzero(is_good)
         return [items[row] for row in good], whole.select(good) if bad else whole
 
-    def _stop_at(self, bad: list[tuple[_Numbered, str]]) -> None:
+    def _stop_at(self, bad: list[tuple[Numbered, str]]) -> None:
         """Raise DataError for the first of these, if that is wanted."""
         if not bad or self.on_error == "record":
             return
@@ -361,7 +386,7 @@ class _Worker:
         kind = FileFormatError if first.item.structure is None and first.item.problem and self.names[0] else DataError
         raise kind(f"structure {first.number}{where}: {reason}")
 
-    def _hand_on(self, caught: list[warnings.WarningMessage], items: list[_Numbered]) -> None:
+    def _hand_on(self, caught: list[warnings.WarningMessage], items: list[Numbered]) -> None:
         """Warn with the numbers of the structures in the whole input, once."""
         for found in caught:
             text = _INDEX.sub(lambda m: f"structure {items[int(m[1])].number}: ", str(found.message))
@@ -434,7 +459,7 @@ class _Output(ABC):
     def __init__(self, settings: dict[str, Any], rejected: Path) -> None:
         self._settings, self._rejected_path = settings, rejected
         self._rejected: _Growing | None = None
-        self._pending: list[_Predicted] = []
+        self._pending: list[Predicted] = []
         self._spans: dict[int, list[int]] = {}
         self._kept = self._bad = 0
 
@@ -456,7 +481,7 @@ class _Output(ABC):
         now = self.progress
         return BulkRecord(now.read - now.rejected, now.rejected, len(self.shards), begun.read)
 
-    def write(self, found: _Predicted) -> None:
+    def write(self, found: Predicted) -> None:
         """Append a block."""
         if found.last is None:
             return
@@ -489,7 +514,7 @@ class _Output(ABC):
         self.keep(note)
         self._spans, self._kept, self._bad = {}, 0, 0
 
-    def _write_rejected(self, rejected: list[tuple[_Numbered, str]]) -> None:
+    def _write_rejected(self, rejected: list[tuple[Numbered, str]]) -> None:
         """List structures that cannot be predicted."""
         if self._rejected is None:
             self._rejected = _Growing(self._rejected_path, self.progress.rejected_bytes)
@@ -499,7 +524,7 @@ class _Output(ABC):
             self._rejected.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
 
     @abstractmethod
-    def append(self, found: _Predicted) -> None:
+    def append(self, found: Predicted) -> None:
         """Add a block to the output."""
 
     @abstractmethod
@@ -536,7 +561,7 @@ class _StoreOutput(_Output):
         self._writer = StoreWriter(folder, name="predictions", settings=settings)
         self.shards = _notes(self._writer.sources.values(), folder)
 
-    def append(self, found: _Predicted) -> None:
+    def append(self, found: Predicted) -> None:
         self._writer.append(found.dataset)
 
     def keep(self, note: dict[str, Any]) -> None:
@@ -599,7 +624,7 @@ class _ExtxyzOutput(_Output):
             return journal | {"finished": True}
         return journal
 
-    def append(self, found: _Predicted) -> None:
+    def append(self, found: Predicted) -> None:
         from ase.io import write
 
         for row, it in enumerate(found.items):

@@ -416,13 +416,13 @@ def test_a_killed_process_is_resumed(model, file, expected, tmp_path):
 import os, signal, sys
 from ndem_zoo import NDeMTorchMDNet, bulk
 bulk.BLOCK = 4
-real, calls = bulk._Worker.predict, []
+real, calls = bulk.Worker.predict, []
 def predict(self, block):
     calls.append(block)
     if len(calls) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, block)
-bulk._Worker.predict = predict
+bulk.Worker.predict = predict
 bulk.predict_files(NDeMTorchMDNet.load({str(tmp_path / "model")!r}), {str(file)!r}, {str(out)!r}, shard=8)
 """
     environment = os.environ | {"PYTHONPATH": str(Path(bulk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}

@@ -89,6 +89,10 @@ class Stream(ABC):
         """
 
     @abstractmethod
+    def cuts(self, size: int) -> Iterator[tuple[int, int]]:
+        """Row and place of every structure with a number divisible by `size`, and at last those of the end."""
+
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What tells the input from another one, as JSON has it."""
 
@@ -110,6 +114,14 @@ class ExtxyzStream(Stream):
                     continue
                 yield Item(number, after, bare_structure(atoms), atoms if with_atoms else None)
 
+    def cuts(self, size: int) -> Iterator[tuple[int, int]]:
+        row = place = 0
+        for _, after in frame_texts(self.path):
+            if row % size == 0:
+                yield row, place
+            row, place = row + 1, after
+        yield row, place
+
     def identity(self) -> dict[str, Any]:
         return file_identity(self.path)
 
@@ -125,6 +137,9 @@ class DatasetStream(Stream):
             found = self.dataset.structure(number)
             structure = Structure(found.z, found.pos, found.cell, found.pbc)
             yield Item(number, 0, structure, self.dataset.atoms(number) if with_atoms else None)
+
+    def cuts(self, size: int) -> Iterator[tuple[int, int]]:
+        return _even_cuts(len(self.dataset), size)
 
     def identity(self) -> dict[str, Any]:
         if self._identity is None:
@@ -178,6 +193,9 @@ class NpzStream(Stream):
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
             raise FileFormatError(f"{self.path} is damaged or truncated ({error})") from error
 
+    def cuts(self, size: int) -> Iterator[tuple[int, int]]:
+        return _even_cuts(self.shape[0], size)
+
     def identity(self) -> dict[str, Any]:
         return file_identity(self.path)
 
@@ -204,8 +222,17 @@ class LmdbStream(Stream):
             structure = Structure(frame.z, frame.pos, frame.cell, frame.pbc)
             yield Item(number, 0, structure, _atoms(structure) if with_atoms else None)
 
+    def cuts(self, size: int) -> Iterator[tuple[int, int]]:
+        return _even_cuts(len(self._records), size)
+
     def identity(self) -> dict[str, Any]:
         return file_identity(self.path)
+
+
+def _even_cuts(n: int, size: int) -> Iterator[tuple[int, int]]:
+    """Of an input where each row can be found at once."""
+    yield from ((row, 0) for row in range(0, n, size))
+    yield n, 0
 
 
 def open_streams(path: str | os.PathLike) -> list[Stream]:
