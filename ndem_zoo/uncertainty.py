@@ -57,8 +57,10 @@ def calibration(error: np.ndarray, std: np.ndarray) -> dict[str, Any]:
 
     Parameters
     ----------
-    error, std
-        As for `recalibration_factor`; where the deviation is 0, numbers do not count.
+    error : any shape
+        Predicted less true values.
+    std : the same shape
+        Predicted standard deviations; where they are 0, numbers do not count.
 
     Returns
     -------
