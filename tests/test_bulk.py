@@ -431,12 +431,15 @@ bulk.predict_files(NDeMTorchMDNet.load({str(tmp_path / "model")!r}), {str(file)!
     assert done.returncode == -signal.SIGKILL
     with pytest.raises(FileExistsError, match=r"unfinished"):
         predict_files(model, file, out, shard=8)
+    with open(f"{out}.part", "ab") as part:  # what the disk may hold of a shard that was not finished, however long
+        part.write(b"torn " * 100_000)
     computed = []
     record = predict_files(model, file, out, shard=8, resume=True, report=computed.append)
     assert (record.structures, record.resumed_at) == (40, 16)
     assert [r.structures for r in computed] == [24, 32, 40]
     again = predict_files(model, file, out, shard=8, resume=True, report=computed.append)
     assert (again.structures, again.resumed_at, len(computed)) == (40, 40, 3), "there was nothing to do"
+    verify_extxyz(out)
     found = [a.get_potential_energy() for a in read(out, index=":")]
     np.testing.assert_allclose(found, expected[0], atol=1e-7)
 

@@ -188,6 +188,15 @@ def test_atoms_that_are_too_near(model, ethanol):
         atoms.get_potential_energy()
 
 
+def test_a_molecule_that_falls_apart(model, ethanol):
+    atoms = ethanol.atoms(1200)
+    atoms.calc = NDeMCalculator(model)
+    atoms.positions[8] += [9.0, 0.0, 0.0]
+    with pytest.warns(RangeWarning, match="farther than any atoms of a molecule in the training data"):
+        atoms.get_potential_energy()
+    assert {kind for kind, n in atoms.calc.outside.items() if n} == {"apart", "size"}
+
+
 def test_periodic_structures_are_looked_at_when_edges_are_made(ethanol):
     cells = {"cell": np.tile(8.0 * np.eye(3), (4, 1, 1)), "pbc": np.ones((4, 3), dtype=bool)}
     frames = MolecularDataset(**ethanol[:4].columns() | cells)

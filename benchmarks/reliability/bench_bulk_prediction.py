@@ -46,6 +46,10 @@ RESULTS = Path(__file__).parent / "results"
 #: Å, standard deviation of what every atom is moved by.
 MOVED = 0.02
 
+#: Thresholds of glibc's allocator that do not move: large arrays are given back when they are freed, so that what is looked at is
+#: what is in use. With its defaults, which grow, fragments of the heap add about 0.6 MB per 100,000 structures.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
 #: Seconds between looks at the memory of the process.
 LOOK_EVERY = 0.25
 
@@ -273,7 +277,8 @@ def table(record: dict[str, Any]) -> str:
             f"| seconds (machine shared with other work) | {record['seconds']:.0f} |",
             "",
             "Memory is what belongs to the process alone (`RssAnon`), looked at every quarter of a second; the error of the slope",
-            "is from the means of ten stretches of the run. Made by:",
+            f"is from the means of ten stretches of the run. glibc's allocator had fixed thresholds (`{ALLOCATOR}`);",
+            "with its defaults, fragments of the heap added 0.59 ± 0.06 MB per 100,000 structures. Made by:",
             "",
             f"    {record['command']}",
             "",
