@@ -280,7 +280,7 @@ def table(record: dict[str, Any]) -> str:
             "Memory is what belongs to the process alone (`RssAnon`), looked at every quarter of a second; the error of the slope",
             "is from the means of ten stretches of the run, and does not hold for single steps of the allocator, of which the growth",
             f"consists. glibc had fixed thresholds ({', '.join(f'`{name}={value}`' for name, value in ALLOCATOR.items())}). Slopes of four runs: "
-            "+0.48 and +0.59 with",
+            "+0.48 (of the last 80 %) and +0.59 with",
             "its defaults, +0.05 and +0.38 (this one) with these. Python's own objects (tracemalloc, 30,000 structures, shards of 2,000)",
             "grew by 6 kB a shard. Made by:",
             "",
