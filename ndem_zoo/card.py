@@ -14,6 +14,7 @@ from typing import Any
 from ndem_zoo import registry
 from ndem_zoo.metrics import unit_of
 from ndem_zoo.properties import property_of
+from ndem_zoo.provenance import PERIODIC_RADIUS
 
 UNKNOWN = "not recorded"
 
@@ -179,9 +180,20 @@ def _limits(data: Mapping[str, Any]) -> list[str]:
         f"- Atoms in a structure: {limits['atoms'][0]} to {limits['atoms'][1]}",
         f"- Periodic boundaries: {_periodic(limits)}",
         f"- Shortest distances ({of}), Å: {shortest or 'none: single atoms'}",
+        *_seen(limits),
         f"- Longest distance within a structure: {longest}",
         "- Charges, spin states and external fields: the network has no input for them",
     ]
+
+
+def _seen(limits: Mapping[str, Any]) -> list[str]:
+    """Between which lengths the distances of each pair of elements are."""
+    seen = {
+        pair: " and ".join(f"{start:.2f} to {stop:.2f}" for start, stop in ranges)
+        for pair, ranges in limits.get("seen", {}).items()
+    }
+    listed = ", ".join(f"{pair} {ranges}" for pair, ranges in seen.items())
+    return [f"- Distances that there were, up to {PERIODIC_RADIUS} Å: {listed}"] if seen else []
 
 
 def _periodic(limits: Mapping[str, Any]) -> str:

@@ -295,21 +295,43 @@ def evaluate(
 
 @app.command()
 def predict(
-    model: ModelFolder,
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Extended XYZ file to write.", metavar="FILE")],
+    model: Annotated[
+        list[Path],
+        typer.Option(help="Folder of a run, a saved model or an ensemble; several models make one.", metavar="DIR"),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(help=f"Data; may be repeated: {_SOURCES}; also .npz, .lmdb, .aselmdb.", metavar="SOURCE"),
+    ],
+    out: Annotated[Path, typer.Option(help="Extended XYZ file, or folder of a store.", metavar="FILE|DIR")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier call was interrupted.")] = False,
+    on_error: Annotated[
+        str, typer.Option(help="What to do about a structure that cannot be predicted: stop, or record it.")
+    ] = "stop",
+    shard: Annotated[int, typer.Option(help="Structures after which the output is made to last.")] = 10_000,
     device: Device = None,
     data_dir: DataDir = None,
     no_download: NoDownload = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
-    """Predict energies and forces of structures.
+    """Predict energies and forces of any number of structures, in constant memory.
 
-    Writes the structures with predicted energy and forces; labels that they had become REF_energy and REF_forces.
+    Writes the structures with predicted energy and forces. In an extended XYZ file, labels that they had become REF_energy
+    and REF_forces. With several models, also standard deviations.
     """
     from ndem_zoo import runs
 
-    n = runs.predict_run(model, data, out, runs.Reading(data_dir, not no_download), device=device)
-    print(f"{n} structures with energies (eV) and forces (eV/Å) in {out}")
+    def report(done: Any) -> None:
+        print(f"{done.structures + done.rejected:,} structures", file=sys.stderr, flush=True)
+
+    options = {"resume": resume, "on_error": on_error, "shard": shard, "report": None if quiet else report}
+    done = runs.predict_run(model, data, out, runs.Reading(data_dir, not no_download), device=device, **options)
+    print(f"{done.structures} structures with energies (eV) and forces (eV/Å) in {out}")
+    if done.rejected:
+        print(
+            f"ndem-zoo: warning: {done.rejected} structures were rejected; the reasons are in rejected.jsonl",
+            file=sys.stderr,
+        )
 
 
 @app.command()

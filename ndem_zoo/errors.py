@@ -45,3 +45,7 @@ class UnitsWarning(UserWarning):
 
 class DataWarning(UserWarning):
     """Data that can be used, but not without the user knowing something about it."""
+
+
+class RangeWarning(DataWarning):
+    """A structure outside of what a model was trained on: nothing is known about the errors there."""

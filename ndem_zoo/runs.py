@@ -7,7 +7,6 @@ and scripts call it directly. What is written is described at each function.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import json
 import os
@@ -21,6 +20,7 @@ import numpy as np
 
 from ndem_zoo import checkpoint as files
 from ndem_zoo import registry
+from ndem_zoo.datasets.streams import fingerprint
 from ndem_zoo.errors import ConfigError, DataWarning, FileFormatError
 from ndem_zoo.metrics import dataset_metrics, unit_of
 from ndem_zoo.predictions import Predictions
@@ -28,7 +28,10 @@ from ndem_zoo.predictions import Predictions
 if TYPE_CHECKING:
     from ase import Atoms
 
+    from ndem_zoo.bulk import BulkRecord
     from ndem_zoo.datasets.base import MolecularDataset
+    from ndem_zoo.datasets.streams import Stream
+    from ndem_zoo.ensemble import Ensemble
     from ndem_zoo.models.estimator import NDeMModel
 
 #: Choice: `train_run` judges a model on at most so many of the frames that are left for testing, unless told how many.
@@ -347,6 +350,18 @@ def load_model(path: str | os.PathLike, device: str | None = None) -> NDeMModel:
     return NDeMModel.load(model_folder(path), device=device)
 
 
+def load_predictor(
+    paths: str | os.PathLike | Sequence[str | os.PathLike], device: str | None = None
+) -> NDeMModel | Ensemble:
+    """The saved model or ensemble in a folder, or the ensemble of the models in several; see `model_folder`."""
+    from ndem_zoo.ensemble import Ensemble, is_ensemble
+
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if len(paths) > 1:
+        return Ensemble([model_folder(path) for path in paths], device=device)
+    return Ensemble.load(paths[0], device=device) if is_ensemble(paths[0]) else load_model(paths[0], device)
+
+
 # -------------------------------------------------------------------------------------------------------------- training
 
 
@@ -473,11 +488,7 @@ def run_record(model: NDeMModel, splits: Splits, command: str = "") -> dict[str,
 
 def predict_columns_of(model: NDeMModel, dataset: MolecularDataset) -> dict[str, np.ndarray]:
     """A model's predictions as columns: the target (S,), ``"forces"`` (A, 3) in eV/Å."""
-    predicted = model.predict(dataset)
-    if "forces" in predicted:
-        forces = predicted["forces"]
-        predicted["forces"] = forces.reshape(-1, 3) if isinstance(forces, np.ndarray) else np.concatenate(forces)
-    return predicted
+    return model._predict_columns(dataset)[0]
 
 
 def write_plots(
@@ -589,64 +600,52 @@ def _rows_of_split(folder: Path, whole: MolecularDataset) -> dict[str, np.ndarra
     return rows if fingerprint(whole.select(rows["train"])) == split["fingerprint"] else {}
 
 
-def fingerprint(dataset: MolecularDataset) -> str:
-    """SHA-256 of elements and positions."""
-    from ndem_zoo.datasets.checks import blocks
-
-    digest = hashlib.sha256()
-    for name, dtype in (("z", "<i8"), ("pos", "<f8")):
-        for _, block in blocks(dataset):
-            digest.update(np.ascontiguousarray(getattr(block, name), dtype=dtype).tobytes())
-    return digest.hexdigest()
-
-
 def predict_run(
-    path: str | os.PathLike,
-    source: str,
+    models: str | os.PathLike | Sequence[str | os.PathLike],
+    sources: str | Sequence[str],
     out: str | os.PathLike,
     reading: Reading = AS_IT_IS,
     *,
     device: str | None = None,
-) -> int:
-    """Predict, and write the structures with their predictions as extended XYZ.
-
-    Each frame keeps what it had. ``energy`` and ``forces``, which ASE reads into a calculator, are the predictions in
-    eV and eV/Å; labels that were there are kept as ``REF_energy`` and ``REF_forces``.
+    **options: Any,
+) -> BulkRecord:
+    """Predict any number of structures in constant memory; see `bulk.predict_files`.
 
     Parameters
     ----------
-    path
-        Folder of a run or of a model.
-    source
-        Structures; labels are not needed. See `open_splits`.
+    models
+        Folder of a run, a model or an ensemble; or several of runs or models, which make an ensemble.
+    sources
+        Structures, one source or several; labels are not needed. See `open_splits`; also the files of
+        `datasets.streams.open_streams`.
     out
-        File to write; replaced as a whole.
+        Extended XYZ file, or folder of a store.
     reading
         Where the files of a dataset with a name are.
     device
         Where to compute.
+    **options
+        `resume`, `on_error`, `shard`, `report`.
 
     Returns
     -------
-    n : int
-        Number of structures.
+    record : BulkRecord
     """
-    from ase import Atoms
+    from ndem_zoo.bulk import predict_files
 
-    from ndem_zoo.datasets.extxyz import read_frames, write_frames
+    sources = [sources] if isinstance(sources, str) else sources
+    streams = [stream for source in sources for stream in _streams_of(source, reading)]
+    return predict_files(load_predictor(models, device), streams, out, **options)
 
-    file = file_of(source)
-    if file is not None:
-        frames = read_frames(file)
-    else:
-        whole = open_whole(source, reading)
-        frames = [whole.atoms(i) for i in range(len(whole))]
-    bare = [Atoms(numbers=a.numbers, positions=a.positions, cell=a.cell, pbc=a.pbc) for a in frames]
-    predicted = load_model(path, device).predict(bare)
-    for number, atoms in enumerate(frames):
-        _attach(atoms, {name: column[number] for name, column in predicted.items()})
-    write_frames(Path(out), frames)
-    return len(frames)
+
+def _streams_of(source: str, reading: Reading) -> list[Stream]:
+    """The structures of a source, one after the other."""
+    from ndem_zoo.datasets.streams import DatasetStream, open_streams
+
+    name, argument, _ = _loader_of(source)
+    if name in ("extxyz", "store"):
+        return open_streams(argument)
+    return [DatasetStream(open_whole(source, reading), source)]
 
 
 def read_start(source: str, reading: Reading = AS_IT_IS) -> Atoms:
@@ -672,20 +671,3 @@ def read_start(source: str, reading: Reading = AS_IT_IS) -> Atoms:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FileFormatError(f"{path}: ASE cannot read structure {number} ({reason})") from error
-
-
-def _attach(atoms: Atoms, predicted: Mapping[str, Any]) -> None:
-    """Predictions into the calculator of `atoms`; labels that were there become ``REF_...``, if there is none yet.
-
-    Targets that ASE's calculators do not know go into `info`, under ``pred_...``.
-    """
-    from ase.calculators.singlepoint import SinglePointCalculator
-
-    labels = dict(atoms.calc.results) if atoms.calc is not None else {}
-    if "energy" in labels:
-        atoms.info.setdefault("REF_energy", float(labels["energy"]))
-    if "forces" in labels and "REF_forces" not in atoms.arrays:
-        atoms.arrays["REF_forces"] = np.array(labels["forces"])
-    known = {name: np.array(predicted[name]) for name in ("energy", "forces") if name in predicted}
-    atoms.calc = SinglePointCalculator(atoms, **known) if known else None
-    atoms.info |= {f"pred_{name}": float(value) for name, value in predicted.items() if name not in known}

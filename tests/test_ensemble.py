@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from ase.io import read, write
 
-from ndem_zoo import Ensemble, EquiformerV2, NDeMEquiformerV2, NDeMTorchMDNet
+from ndem_zoo import Ensemble, EquiformerV2, NDeMCalculator, NDeMEquiformerV2, NDeMTorchMDNet
 from ndem_zoo.datasets.base import MolecularDataset
-from ndem_zoo.errors import ConfigError, DataError, NotFittedError
+from ndem_zoo.errors import ConfigError, DataError, FileFormatError, NotFittedError
 from ndem_zoo.models.potential import Potential
 
 TINY = {"hidden_channels": 8, "num_layers": 2, "num_heads": 2, "num_rbf": 4}
@@ -173,3 +176,96 @@ def test_networks_that_cannot_be_stacked(ethanol):
     predicted = Ensemble(members).predict(ethanol[:3])
     energies = [model.predict(ethanol[:3])["energy"] for model in members]
     np.testing.assert_allclose(predicted["energy"], np.mean(energies, axis=0))
+
+
+# ---------------------------------------------------------------------------------------------------------- uncertainty
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_calibration_makes_deviations_as_large_as_errors(ethanol, members, stacked):
+    valid, ensemble = ethanol[100:130], Ensemble(members, stacked=stacked)
+    before = ensemble.predict(valid)
+    assert ensemble.calibrate(valid) is ensemble
+    after = ensemble.predict(valid)
+    for name in ("energy", "forces"):
+        np.testing.assert_array_equal(after[name], before[name])
+        error = after[name] - valid.targets[name]
+        assert np.sqrt(np.mean(after[f"{name}_std"] ** 2)) == pytest.approx(np.sqrt(np.mean(error**2)))
+        ratio = after[f"{name}_std"] / before[f"{name}_std"]
+        np.testing.assert_allclose(ratio, ensemble.calibration_["factors"][name], rtol=1e-9)
+    assert ensemble.calibration_["split_hash"] == valid.split_hash
+    assert ensemble.calibration_["numbers"] == {"energy": 30, "forces": 810}
+
+
+def test_fixed_atoms_do_not_count(ethanol, members):
+    fixed = np.tile(np.arange(9) < 3, 20)
+    columns = ethanol[100:120].columns()
+    targets = columns["targets"] | {"forces": np.where(fixed[:, None], 1e3, columns["targets"]["forces"])}
+    with_fixed = MolecularDataset(**columns | {"fixed": fixed, "targets": targets})
+    factor = Ensemble(members).calibrate(with_fixed).calibration_
+    assert factor["numbers"]["forces"] == 20 * 6 * 3
+    found = Ensemble(members).predict(ethanol[100:120])
+    error = (found["forces"] - ethanol[100:120].targets["forces"])[~fixed]
+    expected = np.sqrt(np.mean(error**2) / np.mean(found["forces_std"][~fixed] ** 2))
+    assert factor["factors"]["forces"] == pytest.approx(expected)
+
+
+def test_an_ensemble_is_saved_with_its_calibration(ethanol, members, tmp_path):
+    ensemble = Ensemble(members).calibrate(ethanol[100:110])
+    ensemble.save(tmp_path / "ensemble")
+    again = Ensemble.load(tmp_path / "ensemble")
+    for name, values in ensemble.predict(ethanol[:4]).items():
+        np.testing.assert_array_equal(again.predict(ethanol[:4])[name], values)
+    assert again.calibration_ == ensemble.calibration_
+    ensemble.save(tmp_path / "ensemble")  # over itself
+    assert "energy_std" not in again.predict(ethanol[:2], return_std=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("")
+    with pytest.raises(FileExistsError, match="something else than an ensemble"):
+        ensemble.save(tmp_path / "other")
+    record = json.loads((tmp_path / "ensemble" / "ensemble.json").read_text())
+    for change, message in (
+        ({"format": 99}, "format 99"),
+        ({"members": ["../../x", "member-1"]}, "outside of its folder"),
+        ({"members": 3}, "does not describe an ensemble"),
+        ({"calibration": {"factors": {"energy": "x"}}}, "does not describe an ensemble"),
+        ({"calibration": {"factors": {"energy": -1.0}}}, "does not describe an ensemble"),
+    ):
+        (tmp_path / "ensemble" / "ensemble.json").write_text(json.dumps(record | change))
+        with pytest.raises(FileFormatError, match=message):
+            Ensemble.load(tmp_path / "ensemble")
+    with pytest.raises(FileNotFoundError):
+        Ensemble.load(tmp_path)
+
+
+def test_what_cannot_be_calibrated(ethanol, members):
+    bare = ethanol[:4].with_targets([])
+    with pytest.raises(DataError, match="no labels to compare with"):
+        Ensemble(members).calibrate(bare)
+    with pytest.raises(DataError, match="standard deviations are 0"):
+        Ensemble([members[0], members[0]]).calibrate(ethanol[:4])
+
+
+def test_a_single_model_has_no_deviation(ethanol, members):
+    with pytest.raises(ConfigError, match=r"return_std=True, but a single model has no spread.*Ensemble"):
+        members[0].predict(ethanol[:2], return_std=True)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("precision", [None, "32-true"])
+def test_the_calculator_gives_the_deviations(ethanol, members, stacked, precision, tmp_path):
+    ensemble = Ensemble(members, stacked=stacked).calibrate(ethanol[100:110])
+    expected = ensemble.predict(ethanol[50:51])
+    atoms = ethanol.atoms(50)
+    atoms.calc = NDeMCalculator(ensemble, precision=precision)
+    rounding = 1e-9 if precision is None else 1e-4
+    assert atoms.get_potential_energy() == pytest.approx(expected["energy"][0], abs=rounding)
+    np.testing.assert_allclose(atoms.get_forces(), expected["forces"], atol=rounding)
+    results = atoms.calc.results
+    assert type(results["energy_std"]) is float
+    assert results["energy_std"] == pytest.approx(expected["energy_std"][0], rel=1e-3 + rounding)
+    np.testing.assert_allclose(results["forces_std"], expected["forces_std"], rtol=2e-2, atol=10 * rounding)
+    assert atoms.calc.get_property("energy_std", atoms) == results["energy_std"]
+    assert ensemble.predict(ethanol[50:51])["energy"][0] == expected["energy"][0], "the ensemble stays as it was"
+    write(tmp_path / "a.extxyz", atoms)  # ASE knows nothing of these results, and leaves them
+    assert read(tmp_path / "a.extxyz").get_potential_energy() == pytest.approx(expected["energy"][0], abs=1e-3)

@@ -52,7 +52,9 @@ ALLOWED: dict[tuple[str, str], str] = {
         "docs/how-to/schnetpack.md",
         "docs/tutorials/schnetpack_configuration.py",
     )
-} | {("benchmarks/reliability/specimens.py", "pickle"): "writes a specimen for the readers to refuse or read; loads none"}
+} | {
+    ("benchmarks/reliability/specimens.py", "pickle"): "writes a specimen for the readers to refuse or read; loads none"
+}
 
 
 class Scan(ast.NodeVisitor):

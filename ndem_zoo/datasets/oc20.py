@@ -30,6 +30,7 @@ from ndem_zoo.datasets.lmdb_files import LmdbRecords, numeric_order
 from ndem_zoo.datasets.oc20_formats import (
     ENERGIES,
     STORED,
+    Frame,
     ReferenceEnergies,
     frame_of_ase,
     frame_of_pyg,
@@ -384,7 +385,7 @@ def _find_split(task: str, split: str, folder: Path, download: bool) -> Path:
     for sub in inner:
         places += [sub, f"data/{sub}", f"{stem}/{sub}", f"{stem}/data/{sub}"]
     for place in places:
-        if (folder / place).is_dir() and _files_in(folder / place):
+        if (folder / place).is_dir() and files_in(folder / place):
             return folder / place
     if archive.endswith(".tar"):
         return fetch(OC20, archive, folder, download)
@@ -592,7 +593,7 @@ def find_sources(path: str | os.PathLike) -> list[Source]:
         raise DataError(f"{path} is a compressed archive: unpack it, and name the folder")
     if path.is_file() and path.suffix == ".tar":
         return _archive_sources(path)
-    files = [path] if path.is_file() else _files_in(path)
+    files = [path] if path.is_file() else files_in(path)
     if not files:
         raise DataError(f"{path} has no .extxyz, .extxyz.xz, .lmdb or .aselmdb files")
     kinds = sorted({_kind(file) for file in files})
@@ -616,7 +617,7 @@ def _kind(path: Path) -> str:
     return {".lmdb": "pyg", ".aselmdb": "ase"}.get(path.suffix.lower(), "")
 
 
-def _files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
     """Files of known formats in a folder, or, if there are none, below it."""
     for pattern in ("*", "**/*"):
         found = [file for file in folder.glob(pattern) if _kind(file) and file.is_file()]
@@ -677,7 +678,7 @@ def read_source(source: Source, options: _Options) -> MolecularDataset:
     else:
         kind = _kind(source.path)
         with contextlib.closing(LmdbRecords(source.path)) as records:
-            frames = [_frame(records, index, kind, options["task"]) for index in range(*source.records)]
+            frames = [frame_of_record(records, index, options["task"]) for index in range(*source.records)]
     stored = options["stored"] or STORED[kind]
     dataset = frames_dataset(
         frames,
@@ -697,11 +698,17 @@ def read_source(source: Source, options: _Options) -> MolecularDataset:
     return dataset
 
 
-def _frame(records: LmdbRecords, index: int, kind: str, task: str) -> Any:
-    """A frame from a record."""
+def frame_of_record(records: LmdbRecords, index: int, task: str = "s2ef") -> Frame:
+    """The frame in a record of an LMDB file.
+
+    Raises
+    ------
+    FileFormatError
+        If it cannot be read; names the file and the key.
+    """
     where = f"{records.path}: key '{records.numbers[index]}'"
     fields = records[index]
-    return frame_of_ase(fields, where) if kind == "ase" else frame_of_pyg(fields, task, where)
+    return frame_of_ase(fields, where) if records.is_json else frame_of_pyg(fields, task, where)
 
 
 def _text(path: Path, span: tuple[int, int] | None, name: str) -> str:

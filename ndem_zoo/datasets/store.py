@@ -148,7 +148,7 @@ class StoreWriter:
         }
         has_journal = _can_be_written(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = _locked(self.folder)
+        self._lock: int | None = locked(self.folder / LOCK)
         for path in filter(_is_leftover, self.folder.iterdir()):
             path.unlink()
         try:
@@ -282,7 +282,7 @@ class StoreWriter:
             self._files[key].write(data)
         self._digests[key].update(data)
 
-    def commit(self, source: str, digest: str | None = None) -> None:
+    def commit(self, source: str, digest: str | None = None, note: Any = None) -> None:
         """Make what was appended since the last commit last, under the name of its source.
 
         Parameters
@@ -291,6 +291,8 @@ class StoreWriter:
             Name of the file (or part of one) that it came from, different for each commit.
         digest
             Checksum of that file, for the record.
+        note
+            Anything else about the source, as JSON has it; in its entry of `sources`.
 
         Raises
         ------
@@ -310,6 +312,7 @@ class StoreWriter:
             "structures": self.structures - structures,
             "atoms": self.atoms - atoms,
             "columns": {key: value.hexdigest() for key, value in self._digests.items()},
+            **({} if note is None else {"note": note}),
         }
         self._write_journal()
         self._committed = (self.structures, self.atoms)
@@ -399,14 +402,20 @@ def _is_leftover(path: Path) -> bool:
     return path.name.startswith((f".{JOURNAL}.", f".{RECORD}.")) and path.suffix == ".tmp"
 
 
-def _locked(folder: Path) -> int:
-    """Keep other writers out for as long as this process lives."""
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+def locked(path: Path) -> int:
+    """Open a file, and keep other writers out for as long as its handle, which is returned, is open.
+
+    Raises
+    ------
+    ConfigError
+        If another process has it.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise ConfigError(f"another process is writing the store in {folder}") from error
+        raise ConfigError(f"another process is writing {path.parent if path.name == LOCK else path}") from error
     except OSError:  # Choice: some network disks cannot lock; there, nobody is kept out
         pass
     return handle
@@ -656,10 +665,13 @@ class StoredDataset(MolecularDataset):
         Where it is.
     settings
         What it was made with; see `StoreWriter`.
+    sources
+        What it was made of: the record of each source.
     """
 
     folder: Path
     settings: dict[str, Any]
+    sources: list[dict[str, Any]]
 
     @classmethod
     def _opened(
@@ -685,7 +697,7 @@ class StoredDataset(MolecularDataset):
             )
         except (DataError, TypeError, KeyError) as error:
             raise FileFormatError(f"{folder} is damaged: {error}") from error
-        new.folder, new.settings = folder, dict(record.get("settings") or {})
+        new.folder, new.settings, new.sources = folder, dict(record.get("settings") or {}), record["sources"]
         return new
 
     def select(self, indices: Any) -> MolecularDataset:

@@ -697,13 +697,15 @@ callback, devices, nodes
 
     # -------------------------------------------------------------------------------------------------- prediction
 
-    def predict(self, dataset: Any) -> dict[str, Any]:
+    def predict(self, dataset: Any, *, return_std: bool = False) -> dict[str, Any]:
         """Energies and forces.
 
         Parameters
         ----------
         dataset
             Structures in any form that `fit` takes, also a single DGLGraph or `ase.Atoms`; labels are not looked at.
+        return_std
+            Standard deviations are what an `Ensemble` of several models has; a single one refuses.
 
         Returns
         -------
@@ -718,7 +720,14 @@ callback, devices, nodes
             Before `fit` or `load`.
         DataError
             If a structure cannot be used; names its index.
+        ConfigError
+            If `return_std` is asked for.
         """
+        if return_std:
+            raise ConfigError(
+                "return_std=True, but a single model has no spread: train two or more that differ in their seed, and ask "
+                "ndem_zoo.Ensemble([...]).predict(dataset, return_std=True)"
+            )
         columns, structures = self._predict_columns(dataset)
         if "forces" in columns:
             columns["forces"] = _per_structure(columns["forces"], structures.ptr)
@@ -780,15 +789,24 @@ callback, devices, nodes
 
     def _predict_columns(self, dataset: Any) -> tuple[dict[str, np.ndarray], MolecularDataset]:
         """Predictions in columns, and the structures that they are for."""
-        potential = self._fitted()
         structures = as_dataset(dataset)
+        self._check_usable(structures)
+        return self._columns_of_usable(structures), structures
+
+    def _check_usable(self, structures: MolecularDataset) -> None:
+        """Raise DataError for a structure that cannot be predicted; nothing is computed."""
+        potential = self._fitted()
         check_structures(structures)
         check_known_elements(structures.z, structures.ptr, self.reference_, self.unknown_elements)
         _check_table(structures, potential.backbone)
         if potential.prior is not None:
             potential.prior.check(structures)
-        potential.to(torch_device(self.device)).backbone.use_plan(self._plan(), torch_device(self.device))
-        return predict_columns(potential, structures, self.resolved_["settings"]["eval_batch_size"]), structures
+
+    def _columns_of_usable(self, structures: MolecularDataset) -> dict[str, np.ndarray]:
+        """Predictions in columns for structures that were checked."""
+        potential = self._fitted().to(torch_device(self.device))
+        potential.backbone.use_plan(self._plan(), torch_device(self.device))
+        return predict_columns(potential, structures, self.resolved_["settings"]["eval_batch_size"])
 
     @property
     def _is_pretrained(self) -> bool:
