@@ -39,7 +39,7 @@ $($(5)); install it, or name it: make $(5)=/path/to/python$(6)" >&2; exit 1; }; 
 # One thread a test process: with more, processes on the same cores only wait for each other.
 pytest = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 DGLBACKEND=pytorch $(1)/bin/python -m pytest -n $(JOBS) -q $(PYTEST_FLAGS)
 
-.PHONY: help demo test test-latest test-py312 lint format docs notebooks bench bench-quick gpu-check setup setup-latest \
+.PHONY: help demo test test-latest test-py312 lint format docs notebooks bench bench-quick reliability gpu-check setup setup-latest \
     setup-py312 clean
 
 help:  ## Show this list
@@ -87,6 +87,11 @@ bench: $(if $(bench-other),$(VENV)/$(READY)) $(if $(bench-speed),$(VENV_LATEST)/
 
 bench-quick: $(VENV_LATEST)/$(READY)  ## Run the speed benchmark in its reduced form (minutes)
 	$(MAKE) bench BENCH=benchmarks/speed/bench_speed.py BENCH_FLAGS=--quick
+
+RELIABILITY_FLAGS ?= --out runs/reliability
+
+reliability: $(VENV)/$(READY)  ## Kill, fill, damage, spoil and run on for long what can be (see benchmarks/reliability)
+	$(VENV)/bin/python -m benchmarks.reliability $(RELIABILITY_FLAGS)
 
 # With GPU_PYTHON=python the check uses an environment of yours instead of making one.
 gpu-check: $(if $(GPU_PYTHON),,$(VENV)/$(READY))  ## Run the tests and the CPU/GPU comparison on a CUDA device

@@ -47,13 +47,13 @@ SCHNETPACK = [
     "torch>=2.6; python_version>='3.12'",
     "schnetpack>=2.2,<3; python_version>='3.12'",
 ]
-OC20 = ["lmdb>=1.4"]
 CLI = ["typer>=0.12", "rich>=13"]
 PLOTS = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.12"]
 XTB = ["tblite>=0.4"]
 GPU = ["nvalchemi-toolkit-ops[torch]>=0.5; python_version>='3.11' and sys_platform=='linux'"]
-RAY = ["ray[train,tune]>=2.9"]
+RAY = ["ray[data,train,tune]>=2.9"]
+METATOMIC = ["metatomic-torch>=0.1.19,<0.2", "metatomic-ase>=0.1.1,<0.2"]
 DOCS = [
     "sphinx>=7.3",
     "furo>=2024.1",
@@ -64,6 +64,7 @@ DOCS = [
     *PLOTS,
 ]
 DEV = [
+    "lmdb>=1.4",  # writes the files that ours reads
     "pytest>=8",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
@@ -98,18 +99,19 @@ setup(
     python_requires=">=3.10,<3.14",
     install_requires=CORE,
     extras_require={
-        "full": SCHNETPACK + DGL + CHEM + DEEPCHEM + OC20 + CLI + PLOTS + TENSORBOARD,
+        "full": SCHNETPACK + DGL + CHEM + DEEPCHEM + CLI + PLOTS + TENSORBOARD,
         "dgl": DGL,
         "chem": CHEM,
         "deepchem": DEEPCHEM,
         "schnetpack": SCHNETPACK,
-        "oc20": OC20,
+        "oc20": [],  # its files are read without further packages; the name stays for those who ask for it
         "cli": CLI,
         "plots": PLOTS,
         "tensorboard": TENSORBOARD,
         "xtb": XTB,
         "gpu": GPU,
         "ray": RAY,
+        "metatomic": METATOMIC,
         "docs": DOCS,
         "dev": DEV,
     },

@@ -31,7 +31,7 @@ USES: dict[str, frozenset[str]] = {
     "chem": frozenset({"rdkit", "ConformerGraph"}),
     "deepchem": frozenset({"deepchem", "ndem_zoo.deepchem"}),
     "schnetpack": frozenset({"schnetpack", "ndem_zoo.schnetpack", "NDeMPaiNN", "SchNetPackBackbone"}),
-    "oc20": frozenset({"lmdb", "load_oc20"}),
+    "oc20": frozenset({"load_oc20"}),
     "cli": frozenset({"typer", "ndem_zoo.cli", "ndem_zoo.commands"}),
     "xtb": frozenset({"tblite"}),
 }

@@ -112,7 +112,9 @@ def test_a_download_with_a_wrong_checksum_is_refused_and_deleted(server, tmp_pat
 
 def test_nothing_is_downloaded_without_a_known_checksum(server, tmp_path):
     server.files["/a"] = CONTENT
-    with pytest.raises(DataError, match=r"no checksum of it is known.*get x\.bin from https://.*data_dir="):
+    with pytest.raises(
+        DataError, match=r"no checksum of it is known; download='unverified'.*get x\.bin from https://.*data_dir="
+    ):
         fetch(card(x_bin=RemoteFile(urls=(f"{server.url}/a",))), "x.bin", tmp_path)
     assert (server.asked, list(tmp_path.iterdir())) == ([], [])
 

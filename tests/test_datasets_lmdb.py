@@ -584,9 +584,13 @@ def test_flipped_bits_in_pages_never_end_the_process(tmp_path):
         content[start + int(rng.integers(24 if case % 2 else 4096))] ^= 1 << int(rng.integers(8))
         path.write_bytes(content)
         try:
-            found["same" if pages_of(path) == intact else "other"] += 1
+            seen = pages_of(path)
+            bits = sum(int.from_bytes(b, "big").bit_count() for b in seen.values())
+            # Intact values are zeros. Neither values nor keys have checksums: one wrong bit, or one wrong key, may come through.
+            is_one_bit = bits == 1 and {k: len(b) for k, b in seen.items()} == {k: len(b) for k, b in intact.items()}
+            is_one_key = bits == 0 and len(seen) == len(intact) and len(seen.keys() - intact.keys()) == 1
+            found["same" if seen == intact else "bit" if is_one_bit else "key" if is_one_key else "other"] += 1
         except FileFormatError:
             found["refused"] += 1
     assert found["refused"] > 50
-    assert found["same"] > 50
-    assert found["other"] < 100  # values, which have no checksums
+    assert not found["other"]

@@ -82,7 +82,7 @@ def test_every_number_has_a_source():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_give_every_setting_and_nothing_unknown(preset):
     """A forgotten entry would take the default of `TrainSettings` without a word."""
-    no_recipe = {"max_time", "precision", "seed", "prefetch", "accumulate"}
+    no_recipe = {"max_time", "precision", "seed", "prefetch", "accumulate", "deterministic"}
     settings = {field.name for field in dataclasses.fields(TrainSettings)} - no_recipe
     assert settings <= set(PRESETS[preset])
     known = set(NDeMTorchMDNet().get_params(deep=False)) | {"backbone", "objectives"}

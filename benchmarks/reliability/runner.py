@@ -31,6 +31,7 @@ HARNESSES = {
     "full_disk": "benchmarks.reliability.full_disk:full_disk",
     "damage": "benchmarks.reliability.damage:damage",
     "long_runs": "benchmarks.reliability.long_runs:long_runs",
+    "bad_input": "benchmarks.reliability.bad_input:run",
 }
 
 COUNTS = ("cases", "recovered", "clear_errors", "losses")

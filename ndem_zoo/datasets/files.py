@@ -19,13 +19,15 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 from urllib.parse import urljoin
 
 import numpy as np
 
 from ndem_zoo.checkpoint import file_digest, whole_file
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError
+
+Download = bool | Literal["unverified"]
 
 #: Environment variable with the folder for downloads.
 DATA_FOLDER_VARIABLE = "NDEM_ZOO_DATA"
@@ -140,7 +142,7 @@ def fetch(
     card: DatasetCard,
     file: str,
     data_dir: str | os.PathLike | None = None,
-    download: bool = True,
+    download: Download = True,
     *,
     subfolders: Sequence[str] = (),
     warn: bool = True,
@@ -157,7 +159,8 @@ def fetch(
         Folder that is searched, and that downloads go to; default see `data_folder`. It may be the folder of the file
         or one above it (`subfolders`).
     download
-        False: never touch the network.
+        False: never touch the network. ``"unverified"``: also a file whose checksum nobody has published, over TLS; a
+        warning tells the checksum of what came, and where it is now.
     subfolders
         Folders below `data_dir` that may hold the file, as in the official archive.
     warn
@@ -188,9 +191,11 @@ def fetch(
         return found
     if not download:
         raise DataError(
-            f"{file} of {card.name} is not in {folder}, and download=False; {_advice(remote, file, folder)}"
+            f"{file} of {card.name} is not in {folder}, and download={download!r}; {_advice(remote, file, folder)}"
         )
-    return _download(card, file, folder)
+    if download not in (True, "unverified"):
+        raise ConfigError(f"download={download!r}; allowed are True, False and 'unverified'")
+    return _download(card, file, folder, download == "unverified")
 
 
 def find_file(folder: Path, names: Iterable[str], subfolders: Sequence[str] = ()) -> Path | None:
@@ -207,13 +212,13 @@ def _advice(remote: RemoteFile, file: str, folder: Path) -> str:
     return f"get {file}{source} and put it into {folder}, or name the folder that holds it with data_dir="
 
 
-def _download(card: DatasetCard, file: str, folder: Path) -> Path:
+def _download(card: DatasetCard, file: str, folder: Path, unverified: bool) -> Path:
     """Try the mirrors one after the other, then the archive."""
     remote = card.files[file]
     problems = []
     for url in remote.urls:
         try:
-            return _retrieve(url, remote, file, folder)
+            return _retrieve(url, remote, file, folder, unverified)
         except (OSError, ValueError) as error:  # no network or bad answer; wrong checksum
             problems.append(f"{url}: {_one_line(error)}")
     if remote.archive is not None:
@@ -229,13 +234,13 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _retrieve(url: str, remote: RemoteFile, file: str, folder: Path) -> Path:
-    """Download one file; it gets its name only when its checksum is right."""
+def _retrieve(url: str, remote: RemoteFile, file: str, folder: Path, unverified: bool) -> Path:
+    """Download one file; it gets its name only when its checksum is right, or wanted although none is known."""
     import pooch
 
     _check_tls(url)
-    if remote.checksum is None:
-        raise DataError("no checksum of it is known, so that a download could not be verified")
+    if remote.checksum is None and not unverified:
+        raise DataError("no checksum of it is known; download='unverified' takes what comes over TLS")
     shows_progress = sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
     inner = pooch.HTTPDownloader(progressbar=shows_progress, headers=_HEADERS, hooks={"response": _check_redirect})
 
@@ -243,7 +248,15 @@ def _retrieve(url: str, remote: RemoteFile, file: str, folder: Path) -> Path:
         with open(output, "wb") as stream:
             inner(address, _AtMost(stream, remote.size, file), pup)
 
-    return Path(pooch.retrieve(url, known_hash=remote.checksum, fname=file, path=folder, downloader=download))
+    path = Path(pooch.retrieve(url, known_hash=remote.checksum, fname=file, path=folder, downloader=download))
+    if remote.checksum is None:
+        warnings.warn(
+            f"no official checksum of {file} is known, so that the download from {url} could not be verified: {path} has the "
+            f"sha256 {file_digest(path)}",
+            DataWarning,
+            stacklevel=5,
+        )
+    return path
 
 
 def _check_tls(url: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ndem_zoo.datasets.base import MolecularDataset, split_indices
-from ndem_zoo.datasets.files import DatasetCard, RemoteFile, data_folder, fetch, find_file, read_npz
+from ndem_zoo.datasets.files import DatasetCard, Download, RemoteFile, data_folder, fetch, find_file, read_npz
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError
 from ndem_zoo.featurizers.base import as_numbers
 from ndem_zoo.physics import KCAL_PER_MOL, MAX_Z
@@ -108,7 +108,7 @@ class TooManyFramesWarning(DataWarning):
 
 
 def _md17_file(stem: str) -> RemoteFile:
-    """An MD17 file, which is not downloaded, since no checksum is known; older releases were called NAME_dft.npz."""
+    """An MD17 file, whose checksum nobody has published; older releases were called NAME_dft.npz."""
     old = stem.removeprefix("md17_") + "_dft.npz"
     return RemoteFile(urls=(_SGDML.format(f"{stem}.npz"),), aliases=(old,))
 
@@ -179,7 +179,7 @@ def load_md17(
     n_valid: int | float = 50,
     seed: int = 1,
     data_dir: str | os.PathLike | None = None,
-    download: bool = True,
+    download: Download = True,
     *,
     n_test: int | float | None = None,
     split: int | None = None,
@@ -198,12 +198,12 @@ def load_md17(
     seed
         Of the split ``numpy.random.default_rng(seed).permutation``.
     data_dir
-        Folder with the file, or one above it as the official archives unpack; downloads (rMD17 only: for MD17 no checksums
-        are known) go there too. Default: the
+        Folder with the file, or one above it as the official archives unpack; downloads go there too. Default: the
         environment variable NDEM_ZOO_DATA, else the user's cache folder. A file there is used as it is, with a warning
         when it is not the official one.
     download
-        False: never touch the network.
+        False: never touch the network. True: rMD17. ``"unverified"``: also MD17, whose checksums nobody has published: what
+        comes over TLS is taken, and a warning tells its checksum.
     n_test
         Number or fraction of test frames; default: all the rest.
     split
@@ -278,7 +278,7 @@ def canonical_name(molecule: str, revised: bool = False) -> tuple[str, bool]:
 
 
 def find_molecule(
-    molecule: str, revised: bool = False, data_dir: str | os.PathLike | None = None, download: bool = True
+    molecule: str, revised: bool = False, data_dir: str | os.PathLike | None = None, download: Download = True
 ) -> Path:
     """Path of a molecule's file: the user's own, or a download; see `load_md17`."""
     molecule, revised = canonical_name(molecule, revised)
@@ -409,7 +409,7 @@ def _check_split(split: int, revised: bool) -> None:
 
 
 def _official_split(
-    path: Path, split: int, n: int, sizes: tuple, seed: int, data_dir: Any, download: bool
+    path: Path, split: int, n: int, sizes: tuple, seed: int, data_dir: Any, download: Download
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows of the official split; training and validation share its training list, shuffled by `seed`."""
     train = _read_split(path, f"index_train_0{split}.csv", n, data_dir, download)
@@ -422,7 +422,7 @@ def _official_split(
     return train[first], train[second], test
 
 
-def _read_split(path: Path, name: str, n: int, data_dir: Any, download: bool) -> np.ndarray:
+def _read_split(path: Path, name: str, n: int, data_dir: Any, download: Download) -> np.ndarray:
     """Row numbers from a split file beside the data, in the data folder, or downloaded."""
     beside = find_file(path.parent, (name,), ("splits", "../splits"))
     folder = beside.parent if beside is not None else data_folder(data_dir)
