@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ndem_zoo.checkpoint import write_text, writing
 from ndem_zoo.errors import FileFormatError
@@ -74,6 +77,22 @@ def write_history(path: Path, rows: list[dict[str, float]]) -> None:
     header = _header(rows)
     lines = [",".join(header) + "\n"] if rows else []
     write_text(path, "".join(lines + [_line(row, header) for row in rows]))
+
+
+def to_columns(rows: list[dict[str, float]]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Names of all columns, and each column (R,): whole numbers as int64, others as float64 with NaN for what a row lacks."""
+    header = _header(rows)
+    values = {name: [row.get(name, math.nan) for row in rows] for name in header}
+    kinds = {
+        name: np.int64 if all(isinstance(v, int) for v in column) else np.float64 for name, column in values.items()
+    }
+    return header, {name: np.array(column, dtype=kinds[name]) for name, column in values.items()}
+
+
+def from_columns(columns: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
+    """The rows of `to_columns`, bit for bit."""
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [{name: v for name, v in zip(columns, row, strict=True) if v == v} for row in rows]  # NaN is not itself
 
 
 def _header(rows: list[dict[str, float]]) -> list[str]:

@@ -31,7 +31,7 @@ from ndem_zoo import checkpoint as files
 from ndem_zoo.distributed import Peers, check_devices, make_fabric, watched
 from ndem_zoo.errors import ConfigError, DataWarning, FileFormatError, TrainingError
 from ndem_zoo.graph import Batch
-from ndem_zoo.history import History, HistoryLog
+from ndem_zoo.history import History, HistoryLog, from_columns, to_columns
 from ndem_zoo.inference import predict_columns
 from ndem_zoo.metrics import dataset_metrics
 from ndem_zoo.models.potential import Potential
@@ -466,12 +466,17 @@ class Run:
             tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         if self.best is not None:
             tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        state = {f.name: getattr(self.state, f.name) for f in dataclasses.fields(self.state)}
+        # As columns: the text of a history of many rows would be a training's largest piece of memory.
+        names, columns = to_columns(state["history"])
+        state["history"] = names
+        tensors |= {f"history.{name}": torch.from_numpy(column) for name, column in columns.items()}
         with files.atomic_folder(files.checkpoint_path(directory, self.state.step)) as folder:
             files.save_tensors(folder / "trainer.safetensors", tensors)
             record = {
                 "fingerprint": fingerprint,
                 "sha256": files.file_digest(folder / "trainer.safetensors"),
-                "state": _encode(dataclasses.asdict(self.state)),
+                "state": _encode(state),
             }
             files.save_record(folder / "trainer.json", record)
         files.remove_old_checkpoints(directory, KEEP_CHECKPOINTS)
@@ -890,7 +895,13 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], State, dict[str, Tenso
         stored, digest, state = record["fingerprint"], record["sha256"], State(**_decode(record["state"]))
     except (AttributeError, KeyError, TypeError) as error:
         raise FileFormatError(f"{path / 'trainer.json'} is not the record of a checkpoint: {error!r}") from error
-    return stored, state, files.load_tensors(path / "trainer.safetensors", digest)
+    tensors = files.load_tensors(path / "trainer.safetensors", digest)
+    if all(isinstance(name, str) for name in state.history):  # older ones hold the rows themselves
+        columns = {name: tensors.pop(f"history.{name}", None) for name in state.history}
+        if any(column is None for column in columns.values()):
+            raise FileFormatError(f"{path} lacks columns of the history {state.history}")
+        state.history = from_columns({name: column.numpy() for name, column in columns.items()})
+    return stored, state, tensors
 
 
 def check_switch(name: str, value: Any) -> None:

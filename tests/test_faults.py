@@ -20,7 +20,7 @@ from ndem_zoo.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 
-NAMES = ("kill", "full_disk", "damage", "long_runs")
+NAMES = ("kill", "full_disk", "damage", "long_dynamics", "long_training")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import torch
 from ndem_zoo import checkpoint as files
 from ndem_zoo import training
 from ndem_zoo.errors import ConfigError, DataWarning, FileFormatError, TrainingError
-from ndem_zoo.history import read_history, write_history
+from ndem_zoo.history import from_columns, read_history, to_columns, write_history
 from ndem_zoo.models.torchmd_net import NDeMTorchMDNet, TorchMDNet
 from ndem_zoo.registry import BACKBONES
 from ndem_zoo.training import Run, TrainSettings, decay_groups
@@ -566,9 +566,11 @@ def final(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Everything in the newest checkpoint but the time it took."""
     path = files.checkpoints(folder)[0]
     state = files.load_json(path / "trainer.json")["state"]
-    state["history"] = without_seconds(state["history"])
     state.pop("seconds")
-    return files.load_tensors(path / "trainer.safetensors"), state
+    state["history"].sort()  # names
+    tensors = files.load_tensors(path / "trainer.safetensors")
+    tensors.pop("history.seconds", None)
+    return tensors, state
 
 
 def assert_same_end(a: Path, b: Path) -> None:
@@ -586,13 +588,24 @@ def straight(train_set, valid_set, tmp_path_factory):
     return folder, model
 
 
+def test_a_history_comes_back_from_its_columns():
+    """Bit for bit: whole numbers stay whole, and what a row lacks stays away."""
+    rows = [{"step": 1, "lr": 0.1 + 0.2}, {"step": 2**40 + 1, "lr": 5e-324, "spikes": 1}]
+    names, columns = to_columns(rows)
+    assert names == ["step", "lr", "spikes"]
+    assert {name: column.dtype for name, column in columns.items()} == {"step": int, "lr": float, "spikes": float}
+    assert from_columns(columns) == rows
+    assert isinstance(from_columns(columns)[0]["step"], int)
+    assert from_columns(to_columns([])[1]) == []
+
+
 def test_the_run_that_is_compared_with_has_a_past(straight):
     """Else the tests below would prove nothing."""
     tensors, state = final(straight[0])
     assert state["plateau_scale"] < 1.0
     assert 0 < state["best_step"] < STEPS
     kinds = {name.partition(".")[0] for name in tensors}
-    assert kinds == {"module", "optimizer", "ema", "best", "guard"}, "the sums have gone into the last row"
+    assert kinds == {"module", "optimizer", "ema", "best", "guard", "history"}, "the sums have gone into the last row"
     assert any(
         not torch.equal(tensors[f"best.{name}"], tensors[f"ema.module.{name}"])
         for name in straight[1].potential_.state_dict()

@@ -28,9 +28,6 @@ ALLOWED = 1 << 20
 #: The same for the reduced runs, in which heaps still reach their size.
 ALLOWED_IN_FEW = 6 << 20
 
-#: Epochs of two steps between rows of the history: a checkpoint holds all rows, and needs more memory with each of them.
-ROW_EVERY = 20
-
 #: Part of a run that is left out of the fit: buffers and caches reach their size in it.
 WARM_UP = 0.1
 
@@ -41,25 +38,28 @@ BLOCKS = 20
 _PATIENCE = 6 * 3600.0
 
 
-def long_runs(quick: bool, folder: Path, seed: int) -> dict[str, Any]:
-    """Both long runs; with `quick` some hundredths of them."""
-    calls, epochs = (1_200, 100) if quick else (1_000_000, 2_000)
-    parts = {
-        "calculator calls": functools.partial(calculator_calls, calls, seed),
-        "epochs": functools.partial(many_epochs, epochs, seed, folder),
-    }
-    details, losses = {}, 0
-    for name, part in parts.items():
-        end = run(part, seconds=_PATIENCE)
-        if end.status or not end.said:
-            details[name] = {"died": end.status, "said": end.said[-1:]}
-            losses += 1
-            continue
-        details[name] = judged(end.said[-1], ALLOWED_IN_FEW if quick else ALLOWED)
-        losses += not details[name]["is_flat"]
-    cases = calls + epochs
-    counts = {"cases": cases, "recovered": cases if not losses else 0, "clear_errors": 0, "losses": losses}
-    return counts | {"report": report(details), **details}
+def long_dynamics(quick: bool, folder: Path, seed: int) -> dict[str, Any]:
+    """A million calls of the calculator; with `quick` a thousand."""
+    calls = 1_200 if quick else 1_000_000
+    return _one("calculator calls", calls, functools.partial(calculator_calls, calls, seed), quick)
+
+
+def long_training(quick: bool, folder: Path, seed: int) -> dict[str, Any]:
+    """2,000 epochs; with `quick` a hundred."""
+    epochs = 100 if quick else 2_000
+    return _one("epochs", epochs, functools.partial(many_epochs, epochs, seed, folder), quick)
+
+
+def _one(name: str, cases: int, part: Callable[..., None], quick: bool) -> dict[str, Any]:
+    """What a harness gives, of one long run."""
+    end = run(part, seconds=_PATIENCE)
+    if end.status or not end.said:
+        found, is_lost = {"died": end.status, "said": end.said[-1:]}, True
+    else:
+        found = judged(end.said[-1], ALLOWED_IN_FEW if quick else ALLOWED)
+        is_lost = not found["is_flat"]
+    counts = {"cases": cases, "recovered": 0 if is_lost else cases, "clear_errors": 0, "losses": int(is_lost)}
+    return counts | {"report": report({name: found}), name: found}
 
 
 def report(details: dict[str, Any]) -> list[str]:
@@ -110,10 +110,10 @@ def calculator_calls(calls: int, seed: int, say: Callable[[Any], None]) -> None:
 
 
 def many_epochs(epochs: int, seed: int, folder: Path, say: Callable[[Any], None]) -> None:
-    """A training with a checkpoint after every tenth epoch and a row of history every twentieth; says memory against epochs."""
+    """A training with a row of history after every epoch and a checkpoint after every tenth; says memory against epochs."""
     frames, samples = read_sample("ethanol"), Samples(epochs + 1)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        model = small_model(validate_every=2 * ROW_EVERY, lr=1e-4, seed=seed, early_stopping=epochs + 1)
+        model = small_model(lr=1e-4, seed=seed, early_stopping=epochs + 1)
         begin = time.process_time()
         model.fit(
             frames[:10], frames[10:14], nb_epoch=epochs, checkpoint_dir=Path(place) / "run", checkpoint_every=20,
@@ -122,9 +122,9 @@ def many_epochs(epochs: int, seed: int, folder: Path, say: Callable[[Any], None]
         seconds = time.process_time() - begin
         written = sum(file.stat().st_size for file in Path(place).rglob("*.json"))
     gc.collect()
-    assert len(model.history_) == epochs // ROW_EVERY
+    assert len(model.history_) == epochs
     assert model.history_[-1]["epoch"] == epochs
-    explained = row_bytes(model.history_[-1]) / ROW_EVERY
+    explained = row_bytes(model.history_[-1])
     say(
         {
             "unit": "epoch", "n": epochs, "samples": samples.listed(), "cpu_seconds": seconds, "explained": explained,

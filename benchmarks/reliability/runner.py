@@ -30,7 +30,8 @@ HARNESSES = {
     "kill": "benchmarks.reliability.kills:kills",
     "full_disk": "benchmarks.reliability.full_disk:full_disk",
     "damage": "benchmarks.reliability.damage:damage",
-    "long_runs": "benchmarks.reliability.long_runs:long_runs",
+    "long_dynamics": "benchmarks.reliability.long_runs:long_dynamics",
+    "long_training": "benchmarks.reliability.long_runs:long_training",
     "bad_input": "benchmarks.reliability.bad_input:run",
 }
 
