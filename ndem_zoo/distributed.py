@@ -7,6 +7,7 @@ pickled objects. What is computed is known to `training`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import inspect
 import logging
@@ -163,7 +164,16 @@ def make_fabric(device: torch.device, devices: int, nodes: int) -> Fabric:
         fabric.launch()
     finally:
         log.setLevel(before)
+    # Pitfall: gloo's threads, if they are still there when Python ends, abort the process now and then.
+    atexit.unregister(_leave)
+    atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Close the connections to the other processes."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Peers:
