@@ -64,6 +64,7 @@ nb_execution_excludepatterns = [] if (SHARED_DATA / "oc20").is_dir() else ["tuto
 # ------------------------------------------------------------------------------------------------- API from docstrings
 
 autosummary_generate = True
+autodoc_mock_imports = ["metatensor", "metatomic"]  # an extra that this environment does not have
 autosummary_ignore_module_all = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
