@@ -312,7 +312,7 @@ def remove_old_checkpoints(directory: str | os.PathLike, keep: int) -> None:
 
 def remove_leftovers(directory: str | os.PathLike) -> None:
     """Delete what a killed process left half-written in the folder of a run."""
-    for pattern in (".step-*.tmp", ".step-*.old"):
+    for pattern in (".step-*.tmp", ".step-*.old", ".dump-step-*.tmp"):
         for path in Path(directory).glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
     for path in Path(directory).glob(".history.csv.*.tmp"):
