@@ -90,7 +90,7 @@ def to_columns(rows: list[dict[str, float]]) -> tuple[list[str], dict[str, np.nd
 
 
 def from_columns(columns: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
-    """The rows of `to_columns`, bit for bit."""
+    """The rows of `to_columns`, bit for bit; whole numbers of a column that some rows lack come back as floats."""
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [{name: v for name, v in zip(columns, row, strict=True) if v == v} for row in rows]  # NaN is not itself
 

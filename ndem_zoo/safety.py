@@ -220,7 +220,7 @@ def gradient_size(parameters: list[Tensor], norm: Tensor | None = None) -> Tenso
     if not gradients:
         return torch.zeros(())
     # Pitfall: the norm of finite gradients may be infinite, since their squares overflow. Their largest component tells, but
-    # takes a CPU ten times as long.
+    # takes a CPU longer.
     if gradients[0].device.type == "cpu":
         norm = torch.stack(torch._foreach_norm(gradients)).amax() if norm is None else norm
         if bool(torch.isfinite(norm)):
@@ -301,7 +301,7 @@ def write_dump(
     }
     with files.atomic_folder(path) as folder:
         files.save_tensors(folder / "dump.safetensors", tensors)
-        files.save_json(folder / "dump.json", record)
+        files.save_record(folder / "dump.json", record | {"sha256": files.file_digest(folder / "dump.safetensors")})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +334,8 @@ def read_dump(path: str | os.PathLike) -> Dump:
         If it is damaged, or of a newer version.
     """
     path = Path(path)
-    record, tensors = files.load_json(path / "dump.json"), files.load_tensors(path / "dump.safetensors")
+    record = files.load_record(path / "dump.json")
+    tensors = files.load_tensors(path / "dump.safetensors", record.get("sha256"))
 
     def part(name: str) -> dict[str, Tensor]:
         return {key.removeprefix(name + "."): value for key, value in tensors.items() if key.startswith(name + ".")}

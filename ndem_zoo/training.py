@@ -467,7 +467,7 @@ class Run:
         if self.best is not None:
             tensors |= {f"best.{k}": v for k, v in self.best.items()}
         state = {f.name: getattr(self.state, f.name) for f in dataclasses.fields(self.state)}
-        # As columns: the text of a history of many rows would be a training's largest piece of memory.
+        # As columns: as text, all rows so far would be written out for every checkpoint.
         names, columns = to_columns(state["history"])
         state["history"] = names
         tensors |= {f"history.{name}": torch.from_numpy(column) for name, column in columns.items()}

@@ -54,7 +54,7 @@ SETTINGS: dict[str, Any] = {
     "progress": False,
 }
 
-#: Steps between validations, whatever the number of frames: 30 in a run of 6,000 steps, and less than 1 % of its time.
+#: Steps between validations, whatever the number of frames: 30 in a run of 6,000 steps.
 VALIDATE_EVERY = 200
 
 #: Sigma and mask of every objective with a head of its own, as in ``bench_md17_objectives.py``.
