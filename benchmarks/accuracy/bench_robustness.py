@@ -52,7 +52,7 @@ from ndem_zoo.topology import perceive  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 
 #: Labels alone, the paper's method, and the three best of the ablation with 100 frames.
-MODELS = ("supervised", "ndem", "delta_valence", "delta_valence_moved", "delta_mmff94")
+MODELS = ("supervised", "ndem", "delta_valence", "delta_valence_once", "delta_mmff94")
 
 #: Standard deviations in Å of the displacements of all atoms.
 SIGMAS = (0.02, 0.05, 0.1, 0.2)
