@@ -21,7 +21,8 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ndem_zoo.errors import FileFormatError, StorageError
@@ -160,7 +161,8 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None
     with writing(path):
         path.touch()
         mode = path.stat().st_mode
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, str(path))
+        # Pitfall: `safetensors.torch.save_file` makes a type of ctypes for every size in bytes that it meets, and these stay.
+        save_file({name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}, str(path))
         path.chmod(mode)  # Pitfall: some versions of safetensors make files that only their owner can read
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,8 @@ def to_columns(rows: list[dict[str, float]]) -> tuple[list[str], dict[str, np.nd
 
 def from_columns(columns: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
     """The rows of `to_columns`, bit for bit; whole numbers of a column that some rows lack come back as floats."""
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [{name: v for name, v in zip(columns, row, strict=True) if v == v} for row in rows]  # NaN is not itself
+    names, rows = [sys.intern(name) for name in columns], zip(*(c.tolist() for c in columns.values()), strict=True)
+    return [{name: v for name, v in zip(names, row, strict=True) if v == v} for row in rows]  # NaN is not itself
 
 
 def _header(rows: list[dict[str, float]]) -> list[str]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -380,6 +381,7 @@ class Run:
             row |= self.validation()
             self.check_finite(row)
         self._judge(row.get("valid_loss", row["train_loss"]), has_validation=self.valid_set is not None)
+        row = {sys.intern(name): value for name, value in row.items()}  # names once, not in every row
         state.history.append(row)
         return row
 

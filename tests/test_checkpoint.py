@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import math
 import os
@@ -304,6 +305,19 @@ def test_tensors_come_back_bit_for_bit(tmp_path):
         assert back[name].dtype == value.dtype
         assert back[name].shape == value.shape
         assert torch.equal(back[name], value.detach())
+
+
+def test_writing_tensors_of_ever_other_sizes_leaves_nothing_behind(tmp_path):
+    """The history in a checkpoint grows: what is kept for each size in bytes (types of ctypes are) is kept for good."""
+
+    def kinds():
+        return sum(type(thing).__name__ == "PyCArrayType" for thing in gc.get_objects())
+
+    files.save_tensors(tmp_path / "t.safetensors", {"a": torch.zeros(1)})
+    before = kinds()
+    for size in range(1001, 1011):
+        files.save_tensors(tmp_path / "t.safetensors", {"a": torch.zeros(size)})
+    assert kinds() == before
 
 
 def test_an_optimizer_state_comes_back(tmp_path):
