@@ -43,6 +43,9 @@ BLOCK, BLOCK_ATOMS = 2_000, 100_000
 #: Choice: structures after which the output is made to last.
 SHARD = 10_000
 
+#: Choice: behind so many shards a shard is this part of what is done, so that their number grows as the logarithm only.
+SHARDS = 100
+
 FORMAT, VERSION = "ndem_zoo predictions", 1
 REJECTED = "rejected.jsonl"
 
@@ -104,7 +107,8 @@ def predict_files(
         ``"record"``: such structures are left out, and listed with the reason in ``rejected.jsonl`` in the store, or
         ``<out>.rejected.jsonl``.
     shard
-        Structures after which the output is made to last: a killed process loses at most so many.
+        Structures after which the output is made to last, or a hundredth of what is done, whichever is more: a killed process
+        loses at most so many, and the journal of any number of structures stays short.
     report
         Called after each shard with what was done so far.
 
@@ -256,16 +260,17 @@ def _given(structures: Iterable[Any]) -> Iterator[Numbered]:
 def _blocks(items: Iterable[Numbered], shard: int, block: int) -> Iterator[tuple[list[Numbered], bool]]:
     """Structures that are predicted together, and whether a shard ends behind them."""
     some: list[Numbered] = []
-    atoms = count = 0
+    atoms, end = 0, None
     for item in items:
+        if end is None:
+            end = item.number + max(shard, item.number // SHARDS)
         some.append(item)
-        count += 1
         atoms += 0 if item.item.structure is None else len(item.item.structure.z)
-        if count == shard or len(some) == block or atoms >= BLOCK_ATOMS:
-            yield some, count == shard
-            count %= shard
-            some, atoms = [], 0
-    if count:
+        is_end = item.number + 1 == end
+        if is_end or len(some) == block or atoms >= BLOCK_ATOMS:
+            yield some, is_end
+            some, atoms, end = [], 0, None if is_end else end
+    if end is not None:
         yield some, True
 
 

@@ -17,6 +17,7 @@ import pytest
 from ase import Atoms
 from ase.io import read, write
 from oc20_files import ase_record, pyg_fields, write_lmdb, write_pyg_lmdb
+from tiny_models import tiny_exact_model
 
 from ndem_zoo import Ensemble, NDeMTorchMDNet, bulk, open_store
 from ndem_zoo.bulk import predict_files, predict_stream, verify_extxyz
@@ -26,20 +27,10 @@ from ndem_zoo.datasets.store import JOURNAL, StoreWriter
 from ndem_zoo.datasets.streams import DatasetStream, NpzStream, open_streams
 from ndem_zoo.errors import ConfigError, DataError, DataWarning, FileFormatError, NotFittedError
 
-TINY = {"hidden_channels": 8, "num_layers": 1, "num_heads": 2, "num_rbf": 4}
-OPTIONS = {
-    "preset": "md17_fast",
-    "objective": "supervised",
-    "backbone_options": TINY,
-    "device": "cpu",
-    "progress": False,
-}
-OPTIONS |= {"precision": "64-true", "reference_energies": {"H": -13.6, "C": -1030.0, "O": -2042.0}}
-
 
 @pytest.fixture(scope="module")
 def model(ethanol):
-    return NDeMTorchMDNet(**OPTIONS).fit(ethanol[:8], max_steps=2)
+    return tiny_exact_model().fit(ethanol[:8], max_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +96,24 @@ def test_a_store_of_predictions(model, mixed, file, expected, tmp_path, monkeypa
     assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
+@pytest.mark.parametrize("name", ["out", "out.extxyz"])
+def test_of_very_many_structures_a_shard_is_a_part_of_what_is_done(model, file, tmp_path, monkeypatch, name):
+    """So that the journal grows as the logarithm of their number, wherever an earlier process stopped."""
+    monkeypatch.setattr(bulk, "SHARDS", 2)
+    monkeypatch.setattr(bulk, "BLOCK", 4)
+    seen = []
+
+    def killed(record):
+        seen.append(record.structures)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(model, file, tmp_path / name, shard=5, report=killed)
+    predict_files(model, file, tmp_path / name, shard=5, report=killed, resume=True)
+    assert seen == [5, 10, 15, 22, 33, 40]
+
+
 def test_extended_xyz_keeps_what_the_structures_had(model, mixed, file, expected, tmp_path):
     out = tmp_path / "out.extxyz"
     out.write_text("replaced")
@@ -126,7 +135,7 @@ def test_extended_xyz_keeps_what_the_structures_had(model, mixed, file, expected
 
 
 def test_deviations_of_an_ensemble(ethanol, mixed, file, tmp_path):
-    members = [NDeMTorchMDNet(**OPTIONS, seed=seed).fit(ethanol[:8], max_steps=2) for seed in range(2)]
+    members = [tiny_exact_model(seed=seed).fit(ethanol[:8], max_steps=2) for seed in range(2)]
     ensemble = Ensemble(members).calibrate(ethanol[100:110])
     direct = ensemble.predict([Atoms(a.numbers, a.positions, cell=a.cell, pbc=a.pbc) for a in mixed])
     predict_files(ensemble, file, tmp_path / "out", shard=30)
@@ -347,7 +356,7 @@ def test_nothing_left_to_predict(model, tmp_path):
 
 def test_warnings_name_the_structure_of_the_whole_input(ethanol, mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(bulk, "BLOCK", 4)
-    model = NDeMTorchMDNet(**OPTIONS, unknown_elements="warn").fit(ethanol[:8], max_steps=1)
+    model = tiny_exact_model(unknown_elements="warn").fit(ethanol[:8], max_steps=1)
     frames = [atoms.copy() for atoms in mixed]
     frames[9].numbers[0] = 9
     frames[20].numbers[0] = 9
@@ -445,7 +454,7 @@ bulk.predict_files(NDeMTorchMDNet.load({str(tmp_path / "model")!r}), {str(file)!
 
 
 def test_what_must_not_be_resumed(model, ethanol, mixed, file, tmp_path, monkeypatch):
-    other = NDeMTorchMDNet(**OPTIONS, seed=5).fit(ethanol[:8], max_steps=2)
+    other = tiny_exact_model(seed=5).fit(ethanol[:8], max_steps=2)
     predict_files(model, file, tmp_path / "done")
     with pytest.raises(ConfigError, match="was begun with model"):
         predict_files(other, file, tmp_path / "done", resume=True)

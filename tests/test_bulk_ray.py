@@ -10,21 +10,12 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.io import write
+from tiny_models import tiny_exact_model
 
 import ndem_zoo
 from ndem_zoo import Ensemble, NDeMTorchMDNet
 from ndem_zoo.bulk_ray import Predictor, _pieces, _read, predict_ray, read_ray
 from ndem_zoo.errors import ConfigError, DataError
-
-TINY = {"hidden_channels": 8, "num_layers": 1, "num_heads": 2, "num_rbf": 4}
-OPTIONS = {
-    "preset": "md17_fast",
-    "objective": "supervised",
-    "backbone_options": TINY,
-    "device": "cpu",
-    "progress": False,
-}
-OPTIONS |= {"precision": "64-true", "reference_energies": {"H": -13.6, "C": -1030.0, "O": -2042.0}}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +23,7 @@ def folder(ethanol, tmp_path_factory):
     """Two models, and 60 structures of 2 to 9 atoms, some periodic."""
     path = tmp_path_factory.mktemp("ray")
     for seed in range(2):
-        NDeMTorchMDNet(**OPTIONS, seed=seed).fit(ethanol[:8], max_steps=2).save(path / f"model-{seed}")
+        tiny_exact_model(seed=seed).fit(ethanol[:8], max_steps=2).save(path / f"model-{seed}")
     frames = []
     for i in range(60):
         atoms = ethanol.atoms(i)[: 2 + (5 * i) % 8]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ import torch
 
 from ndem_zoo.checkpoint import load_record, save_record
 from ndem_zoo.datasets import DatasetCard, MolecularDataset, StoreWriter, checks, is_store, open_store
+from ndem_zoo.datasets import store as store_module
 from ndem_zoo.datasets.store import HEADER, JOURNAL, StoredSelection
 from ndem_zoo.errors import ConfigError, DataError, FileFormatError
 from ndem_zoo.sampling import Collator
@@ -359,6 +361,31 @@ def test_a_killed_process_loses_only_what_was_not_committed(tmp_path):
             writer.append(part)
             writer.commit(str(number))
         assert_same(writer.finish(), MolecularDataset.concatenate(parts()))
+
+
+def test_the_journal_of_many_sources_is_written_when_enough_is_new(tmp_path, monkeypatch):
+    """Else it would be written in full for each of them; who is killed repeats the last few, who ends loses nothing."""
+    monkeypatch.setattr(store_module, "JOURNAL_EVERY", 1)
+
+    def done(folder):
+        return [source["name"] for source in json.loads((folder / JOURNAL).read_text())["sources"]]
+
+    with StoreWriter(tmp_path / "store") as writer:
+        for number, names in enumerate((["0"], ["0", "1"], ["0", "1"])):  # 5, 8 and 3 structures
+            writer.append(parts()[number])
+            writer.commit(f"{number}")
+            assert done(tmp_path / "store") == names
+        shutil.copytree(tmp_path / "store", tmp_path / "killed")  # as a process would leave it that is killed here
+        writer.append(parts()[0])  # never committed
+    assert done(tmp_path / "store") == ["0", "1", "2"]
+    for folder, names in ((tmp_path / "killed", ["0", "1"]), (tmp_path / "store", ["0", "1", "2"])):
+        with StoreWriter(folder) as writer:
+            assert list(writer.sources) == names
+            if names == ["0", "1"]:
+                writer.append(parts()[2])
+                writer.commit("2")
+            assert_same(writer.finish(), MolecularDataset.concatenate(parts()))
+        assert_same(open_store(folder, verify=True), MolecularDataset.concatenate(parts()))
 
 
 def test_an_append_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):

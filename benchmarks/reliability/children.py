@@ -109,6 +109,7 @@ def _be_the_child(function: Callable[[Callable[[Any], None]], None], handle: int
         stream.write(json.dumps(value) + "\n")
         stream.flush()
 
+    torch.set_num_threads(1)  # threads that wait for each other on a busy machine take ten times as long
     try:
         function(say)
         status = 0

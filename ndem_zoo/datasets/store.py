@@ -40,6 +40,9 @@ STRING_WIDTH = 24
 #: Choice: stores of up to so many bytes are compared with their checksums whenever they are opened: 0.2 s or less.
 VERIFIED_UP_TO = 64 * 1024**2
 
+#: Choice: the journal of an unfinished store is written when so many-th part of what it covers is new.
+JOURNAL_EVERY = 100
+
 #: Structures whose rows are gathered at a time.
 _GATHERED_AT_ONCE = 20_000
 
@@ -176,7 +179,7 @@ class StoreWriter:
             self._cut_back()
         else:
             self._write_journal()
-        self._committed = (self.structures, self.atoms)
+        self._committed, self._lasting = (self.structures, self.atoms), self.structures
 
     def _cut_back(self) -> None:
         """Remove from the columns whatever came after the last commit."""
@@ -283,7 +286,10 @@ class StoreWriter:
         self._digests[key].update(data)
 
     def commit(self, source: str, digest: str | None = None, note: Any = None) -> None:
-        """Make what was appended since the last commit last, under the name of its source.
+        """Keep what was appended since the last commit, under the name of its source.
+
+        It is on the disk when this returns, unless it is less than a hundredth of what was there before: then it waits for
+        the commits that follow, or for the end, so that the journal of very many sources is not written for each.
 
         Parameters
         ----------
@@ -301,10 +307,9 @@ class StoreWriter:
         """
         if source in self.sources:
             raise ConfigError(f"source {source!r} is in the store already; sources that are can be skipped")
-        for key, file in self._files.items():
-            with writing(self.folder / _file_of(key)):
-                file.flush()
-                os.fsync(file.fileno())
+        is_due = JOURNAL_EVERY * (self.structures - self._lasting) >= self._lasting
+        if is_due:
+            self._flush()
         structures, atoms = self._committed
         self.sources[source] = {
             "name": source,
@@ -314,9 +319,16 @@ class StoreWriter:
             "columns": {key: value.hexdigest() for key, value in self._digests.items()},
             **({} if note is None else {"note": note}),
         }
-        self._write_journal()
         self._committed = (self.structures, self.atoms)
         self._begin_digests()
+        if is_due:
+            self._write_journal()
+
+    def _flush(self) -> None:
+        for key, file in self._files.items():
+            with writing(self.folder / _file_of(key)):
+                file.flush()
+                os.fsync(file.fileno())
 
     def _record(self) -> dict[str, Any]:
         return self._begun | {
@@ -330,6 +342,7 @@ class StoreWriter:
         save_record(self.folder / JOURNAL, self._record())
         with writing(self.folder):
             sync(self.folder)
+        self._lasting = self.structures
 
     def finish(self) -> MolecularDataset:
         """Turn what is committed into a store, and open it.
@@ -349,22 +362,28 @@ class StoreWriter:
             with writing(self.folder / _file_of(key)):
                 file.seek(0)
                 file.write(self.schema[key].header(self.structures, self.atoms))
-                file.flush()
-                os.fsync(file.fileno())
+        self._flush()
         save_record(self.folder / RECORD, self._record())
         with writing(self.folder):
             sync(self.folder)
         (self.folder / JOURNAL).unlink()
         (self.folder / LOCK).unlink()
+        self._lasting = self.structures
         self.close()
         return open_store(self.folder)
 
     def close(self) -> None:
         """Close the files; what is not committed is lost."""
-        self._close_files()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        try:
+            if self._files and self._lasting < self._committed[0]:
+                self.structures, self.atoms = self._committed
+                self._flush()
+                self._write_journal()
+        finally:
+            self._close_files()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def _close_files(self) -> None:
         """Let go of the columns. Pitfall: closing a file writes what is left of it, and on a full disk fails again."""
