@@ -360,7 +360,7 @@ def main() -> None:
             write_text(RESULTS / f"ablation_{args.molecule}.md", table(args.molecule, runs))
             plot(args.molecule, runs, RESULTS / f"ablation_{args.molecule}.png")
 
-    missing = [name for name in args.cells if name not in costs]
+    missing = [name for name in args.cells if name not in costs and "time" in args.budget]
     if missing and not args.table:
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
             names = list(dict.fromkeys(["supervised", *missing]))
