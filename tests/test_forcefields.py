@@ -13,7 +13,7 @@ from ase.build import bulk
 
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import ConfigError, DataError
-from ndem_zoo.forcefields import ForceField, SumOfForceFields, make_force_field
+from ndem_zoo.forcefields import ForceField, SumOfForceFields, make_force_field, valence
 from ndem_zoo.forcefields import linear as linear_module
 from ndem_zoo.forcefields.linear import _Sums, ridge
 from ndem_zoo.forcefields.pairs import PairPotential
@@ -544,3 +544,37 @@ def test_gfn2_xtb_refuses_slabs():
     slab = Atoms("OH2", [[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]], cell=[8, 8, 0], pbc=[True, True, False])
     with pytest.raises(DataError, match=r"structure 0: pbc is \[True, True, False\]; GFN2-xTB is for molecules and"):
         make_force_field("gfn2-xtb").columns(MolecularDataset.from_atoms([slab]))
+
+
+def test_terms_of_the_valence_force_field_are_what_their_names_say():
+    """Angles and torsions by ASE, volumes by the determinant; of one molecule of five atoms."""
+    pos = np.random.default_rng(4).normal(size=(5, 3))
+    atoms = Atoms("C5", pos)
+    zeros = torch.zeros(1, 1, 3, dtype=torch.float64)
+
+    def values(name):
+        group = valence.GROUPS[name]
+        ends = torch.as_tensor(np.array([[pos[head] - pos[tail]] for tail, head in group.vectors]))[:, None]
+        lengths = ends.norm(dim=-1)
+        found = group.values(list(ends / lengths.unsqueeze(-1)), list(lengths), zeros[..., : group.n_references])
+        assert len(found) == group.n_values
+        return [float(value) for value in found]
+
+    def morse(*row):
+        return 1 - np.exp(-valence.STIFFNESS * atoms.get_distance(*row))
+
+    def cos(*row):
+        return np.cos(np.radians(atoms.get_angle(*row)))
+
+    c, x, y = cos(0, 1, 2), morse(0, 1), morse(1, 2)
+    assert values("bonds") == pytest.approx([x, x**2, x**3, x**4])
+    assert values("pairs") == pytest.approx([np.exp(-atoms.get_distance(0, 1) / r) for r in valence.RANGES])
+    assert values("angles") == pytest.approx([c, c**2, c**3, x * y, x * c, y * c])
+    assert values("bends") == pytest.approx([cos(1, 0, 2) * cos(3, 0, 4)])
+    units = [(pos[k] - pos[0]) / np.linalg.norm(pos[k] - pos[0]) for k in (1, 2, 3)]
+    assert values("planes") == pytest.approx([np.linalg.det(units) ** power for power in (2, 4)])
+    first, last, x = cos(0, 1, 2), cos(1, 2, 3), morse(1, 2)
+    sines = np.sqrt((1 - first**2) * (1 - last**2))
+    t = sines * np.cos(np.radians(atoms.get_dihedral(0, 1, 2, 3)))
+    couplings = [t * x, t**2 * x, t * first, t * last, t**2 * first, t**2 * last, first * last, t * first * last]
+    assert values("torsions") == pytest.approx([t, t**2, t**3, *couplings])

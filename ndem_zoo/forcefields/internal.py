@@ -1,8 +1,7 @@
-"""Internal coordinates that are smooth everywhere: lengths, cosines, and torsions that vanish where angles are straight."""
+"""Internal coordinates that are smooth everywhere: lengths and cosines."""
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,18 +22,3 @@ def unit(vector: Float[Tensor, "... 3"]) -> Float[Tensor, "... 3"]:
 def cosine(a: Float[Tensor, "... 3"], b: Float[Tensor, "... 3"], c: Float[Tensor, "... 3"]) -> Float[Tensor, ...]:
     """Cosine of the angle at `b`."""
     return (unit(a - b) * unit(c - b)).sum(-1)
-
-
-def smooth_torsion(
-    a: Float[Tensor, "... 3"], b: Float[Tensor, "... 3"], c: Float[Tensor, "... 3"], d: Float[Tensor, "... 3"]
-) -> Float[Tensor, ...]:
-    """sin(abc) sin(bcd) cos(phi), phi the torsion about b-c: without the pole that cos(phi) has at straight angles."""
-    first, axis, last = unit(b - a), unit(c - b), unit(d - c)
-    return (torch.linalg.cross(first, axis) * torch.linalg.cross(axis, last)).sum(-1)
-
-
-def triple(
-    center: Float[Tensor, "... 3"], a: Float[Tensor, "... 3"], b: Float[Tensor, "... 3"], c: Float[Tensor, "... 3"]
-) -> Float[Tensor, ...]:
-    """Volume that the unit vectors to three neighbors span: 0 where they are in one plane."""
-    return (unit(a - center) * torch.linalg.cross(unit(b - center), unit(c - center))).sum(-1)

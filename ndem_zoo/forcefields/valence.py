@@ -19,7 +19,7 @@ from torch import Tensor
 from ndem_zoo.datasets.base import MolecularDataset
 from ndem_zoo.errors import DataError
 from ndem_zoo.featurizers.terms import BondedTerms, find_terms
-from ndem_zoo.forcefields.internal import cosine, length, smooth_torsion, triple
+from ndem_zoo.forcefields.internal import cosine, length
 from ndem_zoo.forcefields.linear import LinearForceField
 from ndem_zoo.forcefields.molecules import (
     check_known,
@@ -27,10 +27,10 @@ from ndem_zoo.forcefields.molecules import (
     keys_of,
     molecule_of,
     padded,
-    positions_of,
     present,
 )
 from ndem_zoo.graph import Batch
+from ndem_zoo.physics import safe_norm
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
@@ -41,7 +41,8 @@ STIFFNESS = 1.5
 #: Choice: lengths in Å over which pairs that are not bonded decay.
 RANGES = (0.6, 1.2, 2.4)
 
-Positions = list[Float[Tensor, "S T 3"]]
+Rows = list[Float[Tensor, "S T"]]
+Units = list[Float[Tensor, "S T 3"]]
 Row = tuple[int, ...]
 
 
@@ -49,36 +50,41 @@ def _stretch(r: Tensor, reference: Tensor) -> Tensor:
     return 1.0 - torch.exp(-STIFFNESS * (r - reference))
 
 
-def _bond(p: Positions, ref: Tensor) -> list[Tensor]:
-    x = _stretch(length(*p), ref[..., 0])
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1)
+
+
+def _bond(u: Units, r: Rows, ref: Tensor) -> Rows:
+    x = _stretch(r[0], ref[..., 0])
     return [x, x**2, x**3, x**4]
 
 
-def _pair(p: Positions, ref: Tensor) -> list[Tensor]:
-    r = length(*p)
-    return [torch.exp(-r / decay) for decay in RANGES]
+def _pair(u: Units, r: Rows, ref: Tensor) -> Rows:
+    return [torch.exp(-r[0] / decay) for decay in RANGES]
 
 
-def _angle(p: Positions, ref: Tensor) -> list[Tensor]:
-    x, y = _stretch(length(p[0], p[1]), ref[..., 0]), _stretch(length(p[1], p[2]), ref[..., 1])
-    bend = cosine(*p) - ref[..., 2]
+def _angle(u: Units, r: Rows, ref: Tensor) -> Rows:
+    x, y = _stretch(r[0], ref[..., 0]), _stretch(r[1], ref[..., 1])
+    bend = _dot(*u) - ref[..., 2]
     return [bend, bend**2, bend**3, x * y, x * bend, y * bend]
 
 
-def _bends(p: Positions, ref: Tensor) -> list[Tensor]:
-    return [(cosine(p[1], p[0], p[2]) - ref[..., 0]) * (cosine(p[3], p[0], p[4]) - ref[..., 1])]
+def _bends(u: Units, r: Rows, ref: Tensor) -> Rows:
+    return [(_dot(u[0], u[1]) - ref[..., 0]) * (_dot(u[2], u[3]) - ref[..., 1])]
 
 
-def _plane(p: Positions, ref: Tensor) -> list[Tensor]:
-    volume = triple(*p)
-    return [volume**2, volume**4]
+def _plane(u: Units, r: Rows, ref: Tensor) -> Rows:
+    square = _dot(u[0], torch.linalg.cross(u[1], u[2])) ** 2  # of the volume that the unit vectors span; 0 in one plane
+    return [square, square**2]
 
 
-def _torsion(p: Positions, ref: Tensor) -> list[Tensor]:
-    t, x = smooth_torsion(*p), _stretch(length(p[1], p[2]), ref[..., 0])
-    first, last = cosine(p[0], p[1], p[2]) - ref[..., 1], cosine(p[1], p[2], p[3]) - ref[..., 2]
-    powers = [t, t**2, t**3, t * x, t**2 * x]
-    return [*powers, t * first, t * last, t**2 * first, t**2 * last, first * last, t * first * last]
+def _torsion(u: Units, r: Rows, ref: Tensor) -> Rows:
+    first, last = -_dot(u[0], u[1]), -_dot(u[1], u[2])  # cosines of the angles
+    # sin sin cos(phi), phi the torsion: without the pole that cos(phi) has at straight angles. Eq.: Lagrange's identity
+    t, x = first * last - _dot(u[0], u[2]), _stretch(r[1], ref[..., 0])
+    first, last, square = first - ref[..., 1], last - ref[..., 2], t**2
+    powers = [t, square, t**3, t * x, square * x]
+    return [*powers, t * first, t * last, square * first, square * last, first * last, t * first * last]
 
 
 class Group(NamedTuple):
@@ -87,24 +93,27 @@ class Group(NamedTuple):
     Attributes
     ----------
     values
-        Features of the terms (S, T), from positions of their atoms and reference values.
+        Features of the terms (S, T), from unit vectors between atoms, lengths, and reference values.
     n_values, width, n_references
         Number of features, of atoms, and of reference values.
+    vectors
+        From which of the atoms to which the vectors go.
     """
 
-    values: Callable[[Positions, Tensor], list[Tensor]]
+    values: Callable[[Units, Rows, Tensor], Rows]
     n_values: int
     width: int
     n_references: int
+    vectors: tuple[tuple[int, int], ...]
 
 
 GROUPS: dict[str, Group] = {
-    "bonds": Group(_bond, 4, 2, 1),
-    "pairs": Group(_pair, len(RANGES), 2, 0),
-    "angles": Group(_angle, 6, 3, 3),
-    "bends": Group(_bends, 1, 5, 2),
-    "planes": Group(_plane, 2, 4, 0),
-    "torsions": Group(_torsion, 11, 4, 3),
+    "bonds": Group(_bond, 4, 2, 1, ((0, 1),)),
+    "pairs": Group(_pair, len(RANGES), 2, 0, ((0, 1),)),
+    "angles": Group(_angle, 6, 3, 3, ((1, 0), (1, 2))),
+    "bends": Group(_bends, 1, 5, 2, ((0, 1), (0, 2), (0, 3), (0, 4))),
+    "planes": Group(_plane, 2, 4, 0, ((0, 1), (0, 2), (0, 3))),
+    "torsions": Group(_torsion, 11, 4, 3, ((0, 1), (1, 2), (2, 3))),
 }
 
 
@@ -114,6 +123,8 @@ class ValenceForceField(LinearForceField):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("keys", torch.zeros(0, dtype=torch.long))
+        for name in ("_tails", "_heads", "_places"):  # see `_lay_out`
+            self.register_buffer(name, torch.zeros(0, 0, dtype=torch.long), persistent=False)
         for name, group in GROUPS.items():
             self.register_buffer(f"{name}_atoms", torch.zeros(0, 0, group.width, dtype=torch.long))
             self.register_buffer(f"{name}_class", torch.zeros(0, 0, 1, dtype=torch.long))
@@ -146,19 +157,28 @@ class ValenceForceField(LinearForceField):
             setattr(self, f"{name}_reference", padded(references, torch.float64))
             setattr(self, f"{name}_present", present(atoms))
             setattr(self, f"{name}_classes", torch.tensor(len(numbers)))
-        self._widths = None
-        self.coefficients = torch.zeros(sum(self.widths.values()), dtype=torch.float64)
+        self._lay_out()
+        self.coefficients = torch.zeros(self.n_features, dtype=torch.float64)
 
-    @property
-    def widths(self) -> dict[str, int]:
-        """Number of features by kind of term."""
-        if getattr(self, "_widths", None) is None:  # read once: numbers on a GPU have to be waited for
-            self._widths = {name: int(getattr(self, f"{name}_classes")) * g.n_values for name, g in GROUPS.items()}
-        return self._widths
+    def _lay_out(self) -> None:
+        """Tables of all kinds of terms side by side, so that a batch is looked up once: small operations take the time."""
+        device, begin, ends, places = self.keys.device, 0, [[], []], []
+        for name, group in GROUPS.items():
+            atoms, kind = getattr(self, f"{name}_atoms"), getattr(self, f"{name}_class")
+            for side in (0, 1):
+                ends[side] += [atoms[..., vector[side]] for vector in group.vectors]
+            place = begin + kind * group.n_values + torch.arange(group.n_values, device=device)  # (M, T, V)
+            there = getattr(self, f"{name}_present").unsqueeze(-1)
+            places.append(place.masked_fill(~there, -1).transpose(1, 2).flatten(1))
+            begin += int(getattr(self, f"{name}_classes")) * group.n_values
+        places = torch.cat(places, dim=1)
+        self.n_features = begin
+        self._tails, self._heads = (torch.cat(side, dim=1) for side in ends)
+        self._places = places.masked_fill(places < 0, begin)  # what fills up a table goes into a column of its own
 
     def _load_from_state_dict(self, *args, **keywords):
-        self._widths = None  # those of other molecules
         super()._load_from_state_dict(*args, **keywords)
+        self._lay_out()
 
     def check(self, dataset: MolecularDataset) -> None:
         """Raise DataError for a structure that is none of the molecules of the training data."""
@@ -167,26 +187,29 @@ class ValenceForceField(LinearForceField):
     def features(self, batch: Batch) -> Float[Tensor, "S P"]:
         """Values of all terms, summed over those of a kind; NaN for a structure of another molecule."""
         which, known = molecule_of(batch, self.keys)
-        parts = [batch.pos.new_zeros(batch.n_systems, 0)]  # an atom alone has no terms
+        rows = batch.starts.unsqueeze(1)
+        tails, heads = (
+            batch.pos.index_select(0, (table[which] + rows).flatten()) for table in (self._tails, self._heads)
+        )
+        vectors = (heads - tails).view(batch.n_systems, -1, 3)
+        lengths = safe_norm(vectors, keepdim=True)
+        units = vectors / lengths.masked_fill(lengths == 0, 1.0)
+        lengths, begin, values = lengths.squeeze(-1), 0, []
         for name, group in GROUPS.items():
-            width = self.widths[name]
-            if width == 0:
-                continue
-            table = [getattr(self, f"{name}_{what}")[which] for what in ("atoms", "class", "reference", "present")]
-            parts.append(_summed(batch, group, *table, width))
-        return torch.cat(parts, dim=1).masked_fill(~known.unsqueeze(1), torch.nan)
-
-
-def _summed(
-    batch: Batch, group: Group, atoms: Tensor, kind: Tensor, reference: Tensor, is_there: Tensor, width: int
-) -> Float[Tensor, "S W"]:
-    """Features of one kind of term, summed for each class."""
-    values = group.values(positions_of(batch, atoms), reference)
-    values = torch.stack(values, dim=-1) * is_there.unsqueeze(-1)  # (S, T, V)
-    first = torch.arange(batch.n_systems, device=atoms.device).view(-1, 1, 1) * width
-    place = first + kind * group.n_values + torch.arange(group.n_values, device=atoms.device)
-    summed = values.new_zeros(batch.n_systems * width).index_add(0, place.flatten(), values.flatten())
-    return summed.view(batch.n_systems, width)
+            reference = getattr(self, f"{name}_reference")[which]
+            number, size = len(group.vectors), reference.shape[1]
+            if size:
+                own = slice(begin, begin + number * size)
+                u = units[:, own].unflatten(1, (number, size)).unbind(1)
+                r = lengths[:, own].unflatten(1, (number, size)).unbind(1)
+                values += group.values(u, r, reference)
+            begin += number * size
+        width = self.n_features + 1
+        summed = batch.pos.new_zeros(batch.n_systems * width)
+        if values:  # an atom alone has no terms
+            rows = width * torch.arange(batch.n_systems, device=which.device).unsqueeze(1)
+            summed = summed.index_add(0, (self._places[which] + rows).flatten(), torch.cat(values, dim=1).flatten())
+        return summed.view(-1, width)[:, :-1].masked_fill(~known.unsqueeze(1), torch.nan)
 
 
 class _MoleculeTerms:
