@@ -12,7 +12,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +44,9 @@ VERSION = 1
 #: Choice: an exported program may differ by so much from the model that it was made of, in eV and eV/Å, relative to the
 #: size of the forces; by the precision that it computes in.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+#: Choice: a program is tried on so many of the molecules that a prior knows.
+_MOLECULES = 3
 
 #: Choice: networks with more layers than this are not told apart.
 _LONGEST = 40
@@ -121,7 +124,10 @@ class AtomicEnergies(nn.Module):
 
 
 class StructureModel(nn.Module):
-    """Energy and forces of one structure from `Inputs`: what is exported as a ``.pt2`` file."""
+    """Energy and forces of one structure from `Inputs`, those of a prior included: what is exported as a ``.pt2`` file.
+
+    A structure that is none of a prior's molecules has the energy NaN.
+    """
 
     def __init__(self, energies: AtomicEnergies) -> None:
         super().__init__()
@@ -129,18 +135,39 @@ class StructureModel(nn.Module):
 
     def forward(self, z: Tensor, pos: Tensor, src: Tensor, dst: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
         """Energy, a scalar in eV, and forces (N, 3) in eV/Å where the model has any; float64, see `Inputs`."""
-        potential = self.energies.potential
-        moved = pos.to(self.dtype).detach().requires_grad_(potential.force_mode == "gradient")
+        potential, pos = self.energies.potential, pos.detach().requires_grad_()
+        moved = pos.to(self.dtype)
         vectors = moved.index_select(0, src) + shift.to(self.dtype) - moved.index_select(0, dst)
         per_atom, direct = self.energies(z, vectors, src, dst)
         energy = per_atom.sum() + potential.shift
+        classical = None if potential.prior is None else self._classical(z, pos, src, dst, shift)
+        total = energy if classical is None else energy + classical
         if potential.force_mode == "none":
-            return (energy,)
-        if potential.force_mode == "direct":
-            return energy, direct
+            return (total.detach(),)
         # physics.forces_from_energy marks its argument for the hand-written plans, which a traced tensor cannot bear.
-        (gradient,) = torch.autograd.grad(energy, moved)
-        return energy.detach(), -gradient.double()
+        if potential.force_mode == "gradient":
+            return total.detach(), -torch.autograd.grad(total, pos)[0]
+        if classical is not None:
+            direct = direct - torch.autograd.grad(classical, pos)[0]
+        return total.detach(), direct.detach()
+
+    def _classical(self, z: Tensor, pos: Tensor, src: Tensor, dst: Tensor, shift: Tensor) -> Tensor:
+        """Energy of the prior in eV."""
+        potential = self.energies.potential
+        batch = Batch(
+            z=z,
+            pos=pos,
+            src=src,
+            dst=dst,
+            shift=shift,
+            system=torch.zeros_like(z),
+            n_systems=1,
+            cutoff=potential.backbone.cutoff,
+            cell=pos.new_zeros((1, 3, 3)),
+            fixed=torch.zeros_like(z, dtype=torch.bool),
+            nearest=None,
+        )
+        return potential.prior.energy(batch).sum()
 
 
 def export_model(
@@ -178,7 +205,8 @@ def export_model(
         If the model has no weights.
     ConfigError
         If the format is unknown or cannot be written with this version of torch; if the model predicts something else than
-        energies, has a prior, or a backbone that cannot be traced; if what was written does not give the model's numbers.
+        energies, has a prior or a backbone that cannot be traced, or any prior and the format is ``"metatomic"``; if what was
+        written does not give the model's numbers.
     ImportError
         If metatomic is not installed; names the extra.
     """
@@ -190,6 +218,11 @@ def export_model(
             "use format='torch_export'"
         )
     energies = _prepared(model, device, precision)
+    if format == "metatomic" and energies.potential.prior is not None:
+        raise ConfigError(
+            f"format='metatomic': engines ask for energies of atoms, and prior={model.resolved_['prior']!r} has one of the "
+            "structure; use 'torch_export' or 'aotinductor', or train without a prior"
+        )
     record = metadata_of(model, energies, format)
     if format == "metatomic":
         from ndem_zoo import optional
@@ -217,6 +250,7 @@ def metadata_of(model: NDeMModel, energies: AtomicEnergies, format: str) -> dict
         "split_hash": model.training_data_.get("split_hash"),
         "atomic_numbers": sorted(atomic_numbers[symbol] for symbol in model.reference_),
         "cutoff": potential.backbone.cutoff,
+        "molecules": [] if potential.prior is None else potential.prior.molecules(),
         "units": {"length": "angstrom", "energy": "eV", "forces": "eV/angstrom"},
         "inputs": list(Inputs._fields),
         "outputs": ["energy"] if potential.force_mode == "none" else ["energy", "forces"],
@@ -236,10 +270,9 @@ def _prepared(model: NDeMModel, device: str | None, precision: str | None) -> At
     if potential.target != "energy":
         raise ConfigError(f"this model predicts {potential.target!r}; only energies and their forces can be exported")
     if potential.prior is not None:
-        raise ConfigError(
-            f"this model has prior={model.resolved_['prior']!r}, a force field whose terms are found by code of this package: "
-            "it cannot be exported; train without a prior"
-        )
+        if not potential.prior.is_traceable:
+            raise ConfigError(f"prior={model.resolved_['prior']!r} calls another program and cannot be exported")
+        potential.prior.names_unknown = False
     backbone = potential.backbone
     if backbone.nearest is not None:
         raise ConfigError(
@@ -256,7 +289,7 @@ def _prepared(model: NDeMModel, device: str | None, precision: str | None) -> At
 def _pt2(energies: AtomicEnergies, record: dict[str, Any]) -> bytes:
     """Content of a ``.pt2`` file, made and tried."""
     elements = record["atomic_numbers"]
-    program = _program(StructureModel(energies), example(energies, elements, 5, 0))
+    program = _program(StructureModel(energies), next(examples(energies, elements)))
     content, run = (_saved if record["format"] == "torch_export" else _compiled)(program, record)
     check_exported(run, energies, elements)
     return content
@@ -295,15 +328,28 @@ def _compiled(program: torch.export.ExportedProgram, record: dict[str, Any]) -> 
 # ------------------------------------------------------------------------------------------------------------------ checks
 
 
-def example(energies: AtomicEnergies, elements: list[int], n: int, seed: int, periodic: bool = False) -> Inputs:
-    """A structure of `n` atoms at random places, with its pairs; free, or in a cell with one open direction."""
-    rng, potential = np.random.default_rng(seed), energies.potential
+def examples(energies: AtomicEnergies, elements: list[int]) -> Iterator[Inputs]:
+    """Structures to make a program with (the first) and to try it: of several sizes, or the molecules of a prior."""
+    prior = energies.potential.prior
+    molecules = [] if prior is None else [z for z in prior.molecules() if len(z) > 1][:_MOLECULES]
+    if not molecules:
+        rng = np.random.default_rng(0)
+        molecules = [rng.choice(elements, n).tolist() for n in (5, 9, 3)]
+    for number, z in enumerate([*molecules, molecules[-1]]):
+        yield example(energies, z, number, periodic=number == len(molecules))
+
+
+def example(energies: AtomicEnergies, z: list[int], seed: int, periodic: bool = False) -> Inputs:
+    """Atoms `z` at random places, with their pairs; free, or in a cell with one open direction."""
+    rng, potential, n = np.random.default_rng(seed), energies.potential, len(z)
     cutoff, device = potential.backbone.cutoff, potential.reference.device
+    side = max(3, int(np.ceil(n ** (1 / 3))))
     width = 1.3 * n ** (1 / 3)  # Å; apart by about a bond length
-    pos = np.argwhere(np.ones((3, 3, 3)))[rng.permutation(27)[:n]] * width / 2 + rng.normal(0.0, 0.1, (n, 3))
+    grid = np.argwhere(np.ones((side, side, side)))[rng.permutation(side**3)[:n]]
+    pos = grid * width / (side - 1) + rng.normal(0.0, 0.1, (n, 3))
     cell, pbc = (np.diag([1.7 * width, 1.8 * width, 0.0]), [True, True, False]) if periodic else (None, None)
     src, dst, shift = neighbor_list(pos, cutoff, cell, pbc)
-    arrays = rng.choice(elements, n), pos, src, dst, shift
+    arrays = np.asarray(z, dtype=np.int64), pos, src, dst, shift
     return Inputs(*(torch.from_numpy(np.asarray(array)).to(device) for array in arrays))
 
 
@@ -350,8 +396,7 @@ def check_exported(run: Callable[..., Any], energies: AtomicEnergies, elements: 
         If they differ by more than `TOLERANCE`: a backbone whose operations depend on what it was traced with.
     """
     truth = StructureModel(energies)
-    for n, periodic in ((9, False), (3, True)):
-        inputs = example(energies, elements, n, n, periodic)
+    for inputs in examples(energies, elements):
         expected = truth(*inputs)
         limit = TOLERANCE[energies.dtype] * max(1.0, *(float(value.abs().max()) for value in expected[1:]), 0.0)
         try:
@@ -362,6 +407,6 @@ def check_exported(run: Callable[..., Any], energies: AtomicEnergies, elements: 
             difference = float((found - value).abs().max())
             if not difference <= limit:
                 raise ConfigError(
-                    f"the exported program gives another {name} than the model, by {difference:.3g} eV or eV/Å for {n} atoms: "
+                    f"the exported program gives another {name} than the model, by {difference:.3g} eV or eV/Å for {len(inputs.z)} atoms: "
                     f"{type(energies.potential.backbone).__name__} cannot be traced"
                 )

@@ -25,7 +25,7 @@ from metatomic.torch import (
 )
 
 from ndem_zoo.errors import ConfigError
-from ndem_zoo.export import AtomicEnergies, Inputs, check_exported, example, range_of
+from ndem_zoo.export import AtomicEnergies, Inputs, check_exported, examples, range_of
 
 #: Name of the forces of a vector head; those of an energy are not named, engines take its derivative.
 DIRECT_FORCES = "non_conservative_force"
@@ -167,7 +167,7 @@ def traced_network(energies: AtomicEnergies, elements: List[int]) -> torch.jit.S
         return inputs.z, vectors, inputs.src, inputs.dst
 
     with torch.enable_grad():
-        inputs = arguments(example(energies, elements, 5, 0))
+        inputs = arguments(next(examples(energies, elements)))
         traced = torch.jit.trace(energies, (inputs[0], inputs[1].requires_grad_(), *inputs[2:]), check_trace=False)
 
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -16,6 +16,8 @@ from ase import Atoms
 from ase.build import bulk
 
 from ndem_zoo import NDeMCalculator, NDeMPaiNN
+from ndem_zoo.datasets import MolecularDataset
+from ndem_zoo.datasets.base import as_dataset
 from ndem_zoo.errors import ConfigError, NotFittedError
 from ndem_zoo.export import METADATA, AtomicEnergies, StructureModel, check_exported, example, range_of
 from ndem_zoo.models.potential import Potential
@@ -116,6 +118,44 @@ def test_a_process_without_this_package_gives_the_calculators_numbers(ethanol, s
     assert_as_calculator(model, some, read_alone(tmp_path, [("model.pt2", some)]), tolerance)
 
 
+@pytest.mark.parametrize(
+    ("prior", "options"),
+    [
+        ("valence", {}),
+        ("mmff94+pairs", {"precision": "64-true"}),
+        ("pairs", {"forces": "direct"}),
+        ("valence", {"forces": "none"}),
+    ],
+)
+def test_a_prior_is_part_of_the_program(ethanol, aspirin, prior, options, tmp_path):
+    """Two molecules in one model: the program takes both, and no other structure."""
+    frames = MolecularDataset.concatenate([ethanol[:6], aspirin[:6]])
+    model = fitted(frames[[0, 1, 2, 3, 6, 7, 8, 9]], prior=prior, **options)
+    extra = {METADATA: ""}
+    model.export(tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
+    of_molecules = prior != "pairs"
+    assert [len(z) for z in json.loads(extra[METADATA])["molecules"]] == [9, 21] * of_molecules
+    limit = 1e-10 if "precision" in options else 1e-5
+
+    def run(atoms):
+        src, dst = torch.tensor([(i, j) for i in range(len(atoms)) for j in range(len(atoms)) if i != j]).T.contiguous()
+        shift = torch.zeros(len(src), 3, dtype=torch.float64)
+        return program(
+            torch.from_numpy(atoms.numbers.astype(np.int64)), torch.from_numpy(atoms.positions), src, dst, shift
+        )
+
+    for atoms in (ethanol.atoms(700), aspirin.atoms(200)):
+        found, expected = run(atoms), model.predict([atoms])
+        assert abs(float(found[0]) - expected["energy"][0]) < 1e-8 * abs(expected["energy"][0])
+        if options.get("forces") != "none":
+            largest = np.abs(expected["forces"][0]).max()
+            assert np.abs(found[1].numpy() - expected["forces"][0]).max() < limit * max(1.0, largest)
+            assert np.abs(model.potential_.prior.columns(as_dataset([atoms]))["forces"]).max() > 0.1
+    if of_molecules:
+        assert np.isnan(float(run(Atoms("H2O", [[0.9, 0.1, 0.2], [-0.3, 0.8, 0.0], [0.0, 0.0, 0.0]]))[0]))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own
 @pytest.mark.skipif(TORCH < (2, 6), reason="AOTInductor writes one file from torch 2.6 on")
@@ -146,7 +186,7 @@ def test_the_file_says_what_it_is(ethanol, tmp_path):
     assert about["torch"] == torch.__version__
     assert about["split_hash"] == ethanol[:8].split_hash
     atoms = ethanol.atoms(700)
-    inputs = example(AtomicEnergies(model.potential_), [1], 2, 0)._replace(
+    inputs = example(AtomicEnergies(model.potential_), [1, 1], 0)._replace(
         z=torch.from_numpy(atoms.numbers.astype(np.int64)), pos=torch.from_numpy(atoms.positions)
     )
     pairs = [(i, j) for i in range(9) for j in range(9) if i != j]
@@ -190,8 +230,10 @@ def test_what_cannot_be_exported_is_refused(ethanol, single, tmp_path):
         single.export(path, precision="16")
     with pytest.raises(NotFittedError):
         NDeMTorchMDNet().export(path)
-    with pytest.raises(ConfigError, match="prior='pairs'"):
-        fitted(ethanol, prior="pairs").export(path)
+    with pytest.raises(ConfigError, match=r"prior='pairs' has one of the structure"):
+        fitted(ethanol, prior="pairs").export(path, format="metatomic")
+    with pytest.raises(ConfigError, match="prior='gfn2-xtb' calls another program"):
+        fitted(ethanol, prior="gfn2-xtb").export(path)
     gaps = ethanol[:8].with_targets([])
     gaps.targets["gap"] = np.arange(8.0)
     with pytest.raises(ConfigError, match="predicts 'gap'"):

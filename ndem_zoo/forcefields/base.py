@@ -54,6 +54,10 @@ class ForceField(nn.Module, ABC):
     """
 
     cutoff: float = 0.0
+    #: Whether its energy consists of operations of torch alone, which can be traced.
+    is_traceable: ClassVar[bool] = False
+    #: Whether a structure that it cannot describe is an error; else its energy is NaN, which takes no look at the numbers.
+    names_unknown: bool = True
     #: Whether `fit` makes it describe the labels that it gets, and so what another force field left of them.
     is_fitted_to_forces: ClassVar[bool] = False
 
@@ -73,6 +77,10 @@ class ForceField(nn.Module, ABC):
 
     def check(self, dataset: MolecularDataset) -> None:
         """Raise DataError for a structure that the fitted force field cannot describe; names it."""
+
+    def molecules(self) -> list[list[int]]:
+        """Atomic numbers of the molecules that it is made for, in their order; none: it is for all structures."""
+        return []
 
     def forward(self, batch: Batch) -> ClassicalPrediction:
         """Energies and forces, detached."""
@@ -152,6 +160,25 @@ class SumOfForceFields(ForceField):
     def cutoff(self) -> float:
         """The largest of the parts'."""
         return max(part.cutoff for part in self.parts)
+
+    @property
+    def is_traceable(self) -> bool:
+        """Whether all parts are."""
+        return all(part.is_traceable for part in self.parts)
+
+    @property
+    def names_unknown(self) -> bool:
+        """Whether a structure that a part cannot describe is an error; for all parts together."""
+        return any(part.names_unknown for part in self.parts)
+
+    @names_unknown.setter
+    def names_unknown(self, value: bool) -> None:
+        for part in self.parts:
+            part.names_unknown = value
+
+    def molecules(self) -> list[list[int]]:
+        """Atomic numbers of the molecules that the parts are made for; parts that are for some have the same."""
+        return max((part.molecules() for part in self.parts), key=len)
 
     @property
     def force_error(self) -> Float[Tensor, ""]:

@@ -43,6 +43,7 @@ class LinearForceField(ForceField):
     """
 
     is_fitted_to_forces: ClassVar[bool] = True
+    is_traceable: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ forces it differs by rounding.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from ndem_zoo.forcefields.molecules import (
     check_known,
     distinct_molecules,
     molecule_of,
+    numbers_of,
     padded,
     positions_of,
     present,
@@ -47,9 +48,12 @@ _WIDTHS = {"bond": (2, 2), "angle": (3, 3), "stretch_bend": (3, 5), "plane": (4,
 class MMFF94(ForceField):
     """The Merck molecular force field, 1994 version."""
 
+    is_traceable: ClassVar[bool] = True
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("keys", torch.zeros(0, dtype=torch.long))
+        self.register_buffer("numbers", torch.zeros(0, 0, dtype=torch.long))
         for name, (atoms, constants) in _WIDTHS.items():
             self.register_buffer(f"{name}_atoms", torch.zeros(0, 0, atoms, dtype=torch.long))
             self.register_buffer(f"{name}_constants", torch.zeros(0, 0, constants, dtype=torch.float64))
@@ -70,8 +74,12 @@ class MMFF94(ForceField):
             setattr(self, f"{name}_atoms", padded(atoms, torch.long))
             setattr(self, f"{name}_constants", padded(constants, torch.float64))
             setattr(self, f"{name}_present", present(atoms))
-        self.keys = torch.as_tensor(keys)
+        self.keys, self.numbers = torch.as_tensor(keys), numbers_of(mols)
         return self
+
+    def molecules(self) -> list[list[int]]:
+        """Atomic numbers of the molecules that it was made for, in their order."""
+        return [row[row > 0].tolist() for row in self.numbers]
 
     def check(self, dataset: MolecularDataset) -> None:
         """Raise DataError for a structure that is none of the molecules it was made for."""
@@ -79,13 +87,14 @@ class MMFF94(ForceField):
 
     def energy(self, batch: Batch) -> Float[Tensor, " S"]:
         """Energies in eV; NaN for a structure of another molecule."""
-        which, known = molecule_of(batch, self.keys)
+        which, known = molecule_of(batch, self.keys, self.names_unknown)
         total = batch.pos.new_zeros(batch.n_systems)
         for name, formula in _FORMULAS.items():
             atoms = getattr(self, f"{name}_atoms")[which]
             if atoms.shape[1] == 0:
                 continue
-            energies = formula(positions_of(batch, atoms), getattr(self, f"{name}_constants")[which].unbind(-1))
+            pos = positions_of(batch, atoms, known).unbind(2)
+            energies = formula(pos, getattr(self, f"{name}_constants")[which].unbind(-1))
             total = total + (energies * getattr(self, f"{name}_present")[which]).sum(1)
         return KCAL_PER_MOL * total.masked_fill(~known, torch.nan)
 

@@ -29,12 +29,12 @@ _MIXER = 6364136223846793005
 def sequence_keys(z: Int[Tensor, " N"], system: Int[Tensor, " N"], n_atoms: Int[Tensor, " S"]) -> Int[Tensor, " S"]:
     """A number for each structure that depends on its atomic numbers and their order."""
     first = torch.cumsum(n_atoms, 0) - n_atoms
-    place = torch.arange(len(z), device=z.device) - first.index_select(0, system)
+    place = torch.arange(z.shape[0], device=z.device) - first.index_select(0, system)
     # A mixed bit pattern of (place, z); integer products wrap around.
     mixed = (place * 128 + z + 1) * _MIXER
     mixed = (mixed ^ (mixed >> 29)) * _MIXER
     mixed = mixed ^ (mixed >> 32)
-    return torch.zeros(len(n_atoms), dtype=torch.long, device=z.device).index_add(0, system, mixed)
+    return torch.zeros(n_atoms.shape[0], dtype=torch.long, device=z.device).index_add(0, system, mixed)
 
 
 def keys_of(dataset: MolecularDataset) -> Int[np.ndarray, " S"]:
@@ -80,16 +80,19 @@ def check_known(dataset: MolecularDataset, keys: Int[Tensor, " M"], owner: str) 
         )
 
 
-def molecule_of(batch: Batch, keys: Int[Tensor, " M"]) -> tuple[Int[Tensor, " S"], Bool[Tensor, " S"]]:
+def molecule_of(
+    batch: Batch, keys: Int[Tensor, " M"], names_unknown: bool
+) -> tuple[Int[Tensor, " S"], Bool[Tensor, " S"]]:
     """Which of the molecules `keys` each structure is, and whether it is one of them.
 
     Raises
     ------
     DataError
-        If a structure is none of them; on a GPU, which would have to be waited for, the second result alone says so.
+        With `names_unknown`, if a structure is none of them; on a GPU, which would have to be waited for, the second result
+        alone says so.
     """
     same = sequence_keys(batch.z, batch.system, batch.n_atoms).unsqueeze(1) == keys  # (S, M)
-    if not same.is_cuda and not bool(same.any(dim=1).all()):
+    if names_unknown and not same.is_cuda and not bool(same.any(dim=1).all()):
         number = int((~same.any(dim=1)).nonzero()[0])
         z = batch.z[batch.system == number].tolist()
         raise DataError(f"structure {number} of the batch: no molecule of the force field has the atomic numbers {z}")
@@ -111,8 +114,12 @@ def present(rows: Sequence[np.ndarray]) -> Bool[Tensor, "M T"]:
     return torch.arange(int(counts.max()) if len(counts) else 0) < counts.unsqueeze(1)
 
 
-def positions_of(batch: Batch, atoms: Int[Tensor, "S T w"]) -> list[Float[Tensor, "S T 3"]]:
-    """Positions of the atoms of terms, given by their numbers within the structures."""
-    rows = atoms + batch.starts.view(-1, 1, 1)
-    found = batch.pos.index_select(0, rows.flatten()).view(*atoms.shape, 3)
-    return list(found.unbind(2))
+def numbers_of(mols: Sequence[Mol]) -> Int[Tensor, "M n"]:
+    """Atomic numbers of molecules, filled up with zeros."""
+    return padded([np.array([[atom.GetAtomicNum()] for atom in mol.GetAtoms()]) for mol in mols], torch.long).squeeze(2)
+
+
+def positions_of(batch: Batch, atoms: Int[Tensor, "S a b"], known: Bool[Tensor, " S"]) -> Float[Tensor, "S a b 3"]:
+    """Positions of atoms given by their numbers within the structures; of an unknown one, which may be too short, anywhere."""
+    rows = atoms.masked_fill(~known.view(-1, 1, 1), 0) + batch.starts.view(-1, 1, 1)
+    return batch.pos.index_select(0, rows.flatten()).view(*atoms.shape, 3)

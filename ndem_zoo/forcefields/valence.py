@@ -26,7 +26,9 @@ from ndem_zoo.forcefields.molecules import (
     distinct_molecules,
     keys_of,
     molecule_of,
+    numbers_of,
     padded,
+    positions_of,
     present,
 )
 from ndem_zoo.graph import Batch
@@ -123,8 +125,9 @@ class ValenceForceField(LinearForceField):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("keys", torch.zeros(0, dtype=torch.long))
-        for name in ("_tails", "_heads", "_places"):  # see `_lay_out`
-            self.register_buffer(name, torch.zeros(0, 0, dtype=torch.long), persistent=False)
+        self.register_buffer("numbers", torch.zeros(0, 0, dtype=torch.long))
+        self.register_buffer("_ends", torch.zeros(0, 2, 0, dtype=torch.long), persistent=False)  # see `_lay_out`
+        self.register_buffer("_places", torch.zeros(0, 0, dtype=torch.long), persistent=False)
         for name, group in GROUPS.items():
             self.register_buffer(f"{name}_atoms", torch.zeros(0, 0, group.width, dtype=torch.long))
             self.register_buffer(f"{name}_class", torch.zeros(0, 0, 1, dtype=torch.long))
@@ -139,7 +142,7 @@ class ValenceForceField(LinearForceField):
     def prepare(self, dataset: MolecularDataset) -> None:
         """Find the molecules, number the kinds of terms, and average their geometry."""
         mols, keys = distinct_molecules(dataset)
-        self.keys = torch.as_tensor(keys)
+        self.keys, self.numbers = torch.as_tensor(keys), numbers_of(mols)
         found = [_MoleculeTerms(mol) for mol in mols]
         average = _Averages(dataset, keys, found)
         for name, group in GROUPS.items():
@@ -173,12 +176,16 @@ class ValenceForceField(LinearForceField):
             begin += int(getattr(self, f"{name}_classes")) * group.n_values
         places = torch.cat(places, dim=1)
         self.n_features = begin
-        self._tails, self._heads = (torch.cat(side, dim=1) for side in ends)
+        self._ends = torch.stack([torch.cat(side, dim=1) for side in ends], dim=1)
         self._places = places.masked_fill(places < 0, begin)  # what fills up a table goes into a column of its own
 
     def _load_from_state_dict(self, *args, **keywords):
         super()._load_from_state_dict(*args, **keywords)
         self._lay_out()
+
+    def molecules(self) -> list[list[int]]:
+        """Atomic numbers of the molecules that it was made for, in their order."""
+        return [row[row > 0].tolist() for row in self.numbers]
 
     def check(self, dataset: MolecularDataset) -> None:
         """Raise DataError for a structure that is none of the molecules of the training data."""
@@ -186,12 +193,9 @@ class ValenceForceField(LinearForceField):
 
     def features(self, batch: Batch) -> Float[Tensor, "S P"]:
         """Values of all terms, summed over those of a kind; NaN for a structure of another molecule."""
-        which, known = molecule_of(batch, self.keys)
-        rows = batch.starts.unsqueeze(1)
-        tails, heads = (
-            batch.pos.index_select(0, (table[which] + rows).flatten()) for table in (self._tails, self._heads)
-        )
-        vectors = (heads - tails).view(batch.n_systems, -1, 3)
+        which, known = molecule_of(batch, self.keys, self.names_unknown)
+        tails, heads = positions_of(batch, self._ends[which], known).unbind(1)
+        vectors = heads - tails
         lengths = safe_norm(vectors, keepdim=True)
         units = vectors / lengths.masked_fill(lengths == 0, 1.0)
         lengths, begin, values = lengths.squeeze(-1), 0, []

@@ -911,8 +911,8 @@ callback, devices, nodes
         Raises
         ------
         ConfigError
-            If the model cannot be exported: it has a prior, predicts something else than energies, or its backbone cannot
-            be traced.
+            If the model cannot be exported: it predicts something else than energies, or its backbone or prior cannot be
+            traced.
         """
         from ndem_zoo.export import export_model  # here: torch's compiler takes long to import
 
