@@ -388,6 +388,19 @@ def test_the_journal_of_many_sources_is_written_when_enough_is_new(tmp_path, mon
         assert_same(open_store(folder, verify=True), MolecularDataset.concatenate(parts()))
 
 
+def test_an_unfinished_store_whose_column_was_cut_is_an_error_that_says_so(tmp_path):
+    with StoreWriter(tmp_path / "store") as writer:
+        writer.append(parts()[0])
+        writer.commit("0")
+    path = tmp_path / "store" / "pos.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = (tmp_path / "store" / JOURNAL).read_bytes()
+    for _ in range(2):  # the lock is let go of
+        with pytest.raises(FileFormatError, match=r"pos\.npy has \d+ bytes; the journal says \d+"):
+            StoreWriter(tmp_path / "store")
+    assert (tmp_path / "store" / JOURNAL).read_bytes() == before
+
+
 def test_an_append_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "BLOCK_ATOMS", 9)
     data = make()

@@ -165,6 +165,7 @@ class StoreWriter:
         self.schema: dict[str, _Column] = {}
         self.sources: dict[str, dict[str, Any]] = {}
         self.structures = self.atoms = 0
+        self._committed, self._lasting = (0, 0), 0
         if has_journal:
             journal = _read_record(self.folder / JOURNAL)
             for key, value in self._begun.items():
