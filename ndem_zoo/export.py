@@ -102,19 +102,7 @@ class AtomicEnergies(nn.Module):
         `z` (N,), `vectors` (E, 3) in Å from center to neighbor, `src`, `dst` (E,).
         """
         potential, zeros = self.potential, vectors.new_zeros((z.shape[0], 3))
-        batch = Batch(
-            z=z,
-            pos=zeros,  # the vectors are all that a backbone reads of them
-            src=src,
-            dst=dst,
-            shift=vectors,
-            system=torch.zeros_like(z),
-            n_systems=1,
-            cutoff=potential.backbone.cutoff,
-            cell=vectors.new_zeros((1, 3, 3)),
-            fixed=torch.zeros_like(z, dtype=torch.bool),
-            nearest=None,
-        )
+        batch = _batch(potential, z, zeros, src, dst, vectors)  # a backbone reads nothing of them but the vectors
         features = potential.backbone(batch)
         energies = potential.energy_head(features, batch).double() * potential.scale
         energies = energies + potential.reference.index_select(0, z)
@@ -154,20 +142,24 @@ class StructureModel(nn.Module):
     def _classical(self, z: Tensor, pos: Tensor, src: Tensor, dst: Tensor, shift: Tensor) -> Tensor:
         """Energy of the prior in eV."""
         potential = self.energies.potential
-        batch = Batch(
-            z=z,
-            pos=pos,
-            src=src,
-            dst=dst,
-            shift=shift,
-            system=torch.zeros_like(z),
-            n_systems=1,
-            cutoff=potential.backbone.cutoff,
-            cell=pos.new_zeros((1, 3, 3)),
-            fixed=torch.zeros_like(z, dtype=torch.bool),
-            nearest=None,
-        )
-        return potential.prior.energy(batch).sum()
+        return potential.prior.energy(_batch(potential, z, pos, src, dst, shift)).sum()
+
+
+def _batch(potential: Potential, z: Tensor, pos: Tensor, src: Tensor, dst: Tensor, shift: Tensor) -> Batch:
+    """One structure as a batch that can be traced."""
+    return Batch(
+        z=z,
+        pos=pos,
+        src=src,
+        dst=dst,
+        shift=shift,
+        system=torch.zeros_like(z),
+        n_systems=1,
+        cutoff=potential.backbone.cutoff,
+        cell=pos.new_zeros((1, 3, 3)),
+        fixed=torch.zeros_like(z, dtype=torch.bool),
+        nearest=None,
+    )
 
 
 def export_model(

@@ -197,6 +197,7 @@ def line_through(looks: list[tuple[float, float, int]], n: int) -> dict[str, Any
     # Neighboring looks see the same block: only as many as there are stretches are independent.
     spread = np.std([part.mean() for part in np.array_split(residual, 10)])
     error = spread / (np.std(x) * np.sqrt(10))
+    places = n * np.array([0.1, 0.25, 0.5, 0.75, 0.95])
     return {
         "slope_MB_per_100000": float(slope),
         "slope_error_MB_per_100000": float(error),
@@ -205,7 +206,7 @@ def line_through(looks: list[tuple[float, float, int]], n: int) -> dict[str, Any
         "least_MB": float(y.min()),
         "peak_MB": float(y.max()),
         "looks": len(y),
-        "at": [(int(k), float(memory[structures >= k][0])) for k in n * np.array([0.1, 0.25, 0.5, 0.75, 0.95])],
+        "at": [(int(k), float(memory[structures >= k][0])) for k in places if k <= structures.max()],
     }
 
 
