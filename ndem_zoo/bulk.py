@@ -43,8 +43,9 @@ BLOCK, BLOCK_ATOMS = 2_000, 100_000
 #: Choice: structures after which the output is made to last.
 SHARD = 10_000
 
-#: Choice: behind so many shards a shard is this part of what is done, so that their number grows as the logarithm only.
-SHARDS = 100
+#: Choice: so many shards are equally long; from then on a shard is one part in so many of what is done, so that the number
+#: of shards grows as the logarithm only.
+EQUAL_SHARDS = 100
 
 FORMAT, VERSION = "ndem_zoo predictions", 1
 REJECTED = "rejected.jsonl"
@@ -263,7 +264,7 @@ def _blocks(items: Iterable[Numbered], shard: int, block: int) -> Iterator[tuple
     atoms, end = 0, None
     for item in items:
         if end is None:
-            end = item.number + max(shard, item.number // SHARDS)
+            end = item.number + max(shard, item.number // EQUAL_SHARDS)
         some.append(item)
         atoms += 0 if item.item.structure is None else len(item.item.structure.z)
         is_end = item.number + 1 == end

@@ -99,7 +99,7 @@ def test_a_store_of_predictions(model, mixed, file, expected, tmp_path, monkeypa
 @pytest.mark.parametrize("name", ["out", "out.extxyz"])
 def test_of_very_many_structures_a_shard_is_a_part_of_what_is_done(model, file, tmp_path, monkeypatch, name):
     """So that the journal grows as the logarithm of their number, wherever an earlier process stopped."""
-    monkeypatch.setattr(bulk, "SHARDS", 2)
+    monkeypatch.setattr(bulk, "EQUAL_SHARDS", 2)
     monkeypatch.setattr(bulk, "BLOCK", 4)
     seen = []
 

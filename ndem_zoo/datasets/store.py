@@ -165,7 +165,10 @@ class StoreWriter:
         self.schema: dict[str, _Column] = {}
         self.sources: dict[str, dict[str, Any]] = {}
         self.structures = self.atoms = 0
-        self._committed, self._lasting = (0, 0), 0
+        self._committed, self._lasting = (
+            (0, 0),
+            0,
+        )  # structures and atoms; structures that the journal on the disk covers
         if has_journal:
             journal = _read_record(self.folder / JOURNAL)
             for key, value in self._begun.items():
@@ -326,6 +329,7 @@ class StoreWriter:
             self._write_journal()
 
     def _flush(self) -> None:
+        """Bring the columns to the disk."""
         for key, file in self._files.items():
             with writing(self.folder / _file_of(key)):
                 file.flush()
@@ -367,14 +371,20 @@ class StoreWriter:
         save_record(self.folder / RECORD, self._record())
         with writing(self.folder):
             sync(self.folder)
+        self._lasting = self.structures
         (self.folder / JOURNAL).unlink()
         (self.folder / LOCK).unlink()
-        self._lasting = self.structures
         self.close()
         return open_store(self.folder)
 
     def close(self) -> None:
-        """Close the files; what is not committed is lost."""
+        """Close the files: what is committed is on the disk then, what is not is lost.
+
+        Raises
+        ------
+        StorageError
+            If the disk is full and commits still had to be written; those before them last.
+        """
         try:
             if self._files and self._lasting < self._committed[0]:
                 self.structures, self.atoms = self._committed

@@ -43,7 +43,7 @@ STIFFNESS = 1.5
 #: Choice: lengths in Å over which pairs that are not bonded decay.
 RANGES = (0.6, 1.2, 2.4)
 
-Rows = list[Float[Tensor, "S T"]]
+Values = list[Float[Tensor, "S T"]]
 Units = list[Float[Tensor, "S T 3"]]
 Row = tuple[int, ...]
 
@@ -56,31 +56,31 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
 
 
-def _bond(u: Units, r: Rows, ref: Tensor) -> Rows:
+def _bond(u: Units, r: Values, ref: Tensor) -> Values:
     x = _stretch(r[0], ref[..., 0])
     return [x, x**2, x**3, x**4]
 
 
-def _pair(u: Units, r: Rows, ref: Tensor) -> Rows:
+def _pair(u: Units, r: Values, ref: Tensor) -> Values:
     return [torch.exp(-r[0] / decay) for decay in RANGES]
 
 
-def _angle(u: Units, r: Rows, ref: Tensor) -> Rows:
+def _angle(u: Units, r: Values, ref: Tensor) -> Values:
     x, y = _stretch(r[0], ref[..., 0]), _stretch(r[1], ref[..., 1])
     bend = _dot(*u) - ref[..., 2]
     return [bend, bend**2, bend**3, x * y, x * bend, y * bend]
 
 
-def _bends(u: Units, r: Rows, ref: Tensor) -> Rows:
+def _bends(u: Units, r: Values, ref: Tensor) -> Values:
     return [(_dot(u[0], u[1]) - ref[..., 0]) * (_dot(u[2], u[3]) - ref[..., 1])]
 
 
-def _plane(u: Units, r: Rows, ref: Tensor) -> Rows:
+def _plane(u: Units, r: Values, ref: Tensor) -> Values:
     square = _dot(u[0], torch.linalg.cross(u[1], u[2])) ** 2  # of the volume that the unit vectors span; 0 in one plane
     return [square, square**2]
 
 
-def _torsion(u: Units, r: Rows, ref: Tensor) -> Rows:
+def _torsion(u: Units, r: Values, ref: Tensor) -> Values:
     first, last = -_dot(u[0], u[1]), -_dot(u[1], u[2])  # cosines of the angles
     # sin sin cos(phi), phi the torsion: without the pole that cos(phi) has at straight angles. Eq.: Lagrange's identity
     t, x = first * last - _dot(u[0], u[2]), _stretch(r[1], ref[..., 0])
@@ -95,14 +95,14 @@ class Group(NamedTuple):
     Attributes
     ----------
     values
-        Features of the terms (S, T), from unit vectors between atoms, lengths, and reference values.
+        Features of the terms, each (S, T), from unit vectors between atoms (S, T, 3), lengths in Å, and reference values.
     n_values, width, n_references
         Number of features, of atoms, and of reference values.
     vectors
         From which of the atoms to which the vectors go.
     """
 
-    values: Callable[[Units, Rows, Tensor], Rows]
+    values: Callable[[Units, Values, Tensor], Values]
     n_values: int
     width: int
     n_references: int
@@ -164,7 +164,11 @@ class ValenceForceField(LinearForceField):
         self.coefficients = torch.zeros(self.n_features, dtype=torch.float64)
 
     def _lay_out(self) -> None:
-        """Tables of all kinds of terms side by side, so that a batch is looked up once: small operations take the time."""
+        """Tables of all kinds of terms side by side, so that a batch is looked up once: small operations take the time.
+
+        ``_ends`` (M, 2, K): atoms from which and to which the vectors of all terms go; ``_places`` (M, V): the feature that each
+        value of a term is added to.
+        """
         device, begin, ends, places = self.keys.device, 0, [[], []], []
         for name, group in GROUPS.items():
             atoms, kind = getattr(self, f"{name}_atoms"), getattr(self, f"{name}_class")
