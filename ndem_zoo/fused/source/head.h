@@ -141,7 +141,7 @@ void head_forward(const HeadDescription& d, const T* s_in, T* s_out, T* v_out) {
     HeadNetwork<T> head(d);
     head.prepare();
     const int64_t n = head.n;
-    T* made = scratch_memory<T>(2 * n * padded(head.widest));
+    T* made = scratch_memory<T, PASSES>(2 * n * padded(head.widest));
     for (int64_t i = 0; i < d.blocks; ++i) {
         const Block<T>& b = head.blocks[i];
         const bool last = i + 1 == d.blocks;
@@ -161,7 +161,7 @@ template <class T>
 void head_backward(const HeadDescription& d, const T* g_s_out, const T* g_v_out, T* adjoints, T* g_s_in, T* g_v_in) {
     const HeadNetwork<T> head(d);
     const int64_t n = head.n, most = padded(head.widest);
-    Arena<T> passing{scratch_memory<T>(18 * n * most + 1024), 0};
+    Arena<T> passing{scratch_memory<T, PASSES>(18 * n * most + 1024), 0};
     T *g_t = passing.take(n * most), *g_s = passing.take(n * most), *g_v = passing.take(3 * n * most);
     const int64_t mark = passing.used;
     Arena<T> kept{adjoints, 0};
@@ -189,7 +189,7 @@ template <class T>
 void head_tangent(const HeadDescription& d, const T* s_t, const T* v_t, T* tangents, T* s_t_out, T* v_t_out) {
     const HeadNetwork<T> head(d);
     const int64_t n = head.n;
-    T* made = scratch_memory<T>(2 * n * padded(head.widest));
+    T* made = scratch_memory<T, PASSES>(2 * n * padded(head.widest));
     Arena<T> kept{tangents, 0};
     for (int64_t i = 0; i < d.blocks; ++i) {
         const Block<T>& b = head.blocks[i];
@@ -214,7 +214,7 @@ void head_gradient(const HeadDescription& d, const T* m_s_out, const T* m_v_out,
     const HeadNetwork<T> head(d);
     const int64_t n = head.n, most = padded(head.widest);
     const bool second = adjoints != nullptr;
-    Arena<T> a{scratch_memory<T>(18 * n * most + 1024), 0}, kept_g{adjoints, 0}, kept_t{tangents, 0};
+    Arena<T> a{scratch_memory<T, PASSES>(18 * n * most + 1024), 0}, kept_g{adjoints, 0}, kept_t{tangents, 0};
     T *m_u = a.take(2 * n * most), *m_ab = a.take(3 * n * most), *m_t = a.take(n * most), *g_t = a.take(n * most);
     T *m_h = a.take(n * most), *m_sn = a.take(2 * n * most), *s_made = a.take(n * most), *v_made = a.take(3 * n * most);
     BlockAdjoints<T> g[MAX_BLOCKS];

@@ -35,20 +35,6 @@ struct Arena {
     }
 };
 
-// Memory of a thread that is taken and given back within one pass, and is not handed back to the system in between.
-template <class T>
-T* scratch_memory(int64_t size) {
-    static thread_local std::vector<T> memory;
-    if (int64_t(memory.size()) < size) memory.resize(size);
-    return memory.data();
-}
-
-template <class X>
-X* zeroed(X* p, int64_t size) {
-    std::memset(static_cast<void*>(p), 0, size * sizeof(X));
-    return p;
-}
-
 template <class T>
 struct LayerValues {
     T *qkv_t, *filter_t, *filter_bias, *o_t, *vec_t, *qkv_bias;  // weights as the passes read them
@@ -135,37 +121,41 @@ struct Network {
         product<T>({n_out, k, m, g, x, nullptr, 1, g_row, x_row, k, c, accumulate}, d.threads);
     }
 
+    // Zeros in what the columns leave of the rows: products read whole vectors.
+    void fill(int64_t rows, int64_t columns, T* out, int64_t row) const {
+        for (int64_t r = 0; r < rows; ++r) std::memset(out + r * row + columns, 0, (row - columns) * sizeof(T));
+    }
     void filled(int64_t columns, const T* bias, T* out, int64_t row) const {
         std::memcpy(out, bias, columns * sizeof(T));
         std::memset(out + columns, 0, (row - columns) * sizeof(T));
     }
 
-    // One memory row more than is written: products read whole vectors.
-    void prepare() {
-        for (int64_t l = 0; l < L; ++l) {
-            LayerValues<T>& v = layers[l];
-            std::memset(v.qkv_t, 0, C * qkv_row * sizeof(T));
-            transpose(C, C, weight(l, Q), v.qkv_t, qkv_row);
-            transpose(C, C, weight(l, K), v.qkv_t + C, qkv_row);
-            transpose(3 * C, C, weight(l, V_), v.qkv_t + 2 * C, qkv_row);
-            std::memcpy(v.qkv_bias, weight(l, Q_BIAS), C * sizeof(T));
-            std::memcpy(v.qkv_bias + C, weight(l, K_BIAS), C * sizeof(T));
-            filled(3 * C, weight(l, V_BIAS), v.qkv_bias + 2 * C, qkv_row - 2 * C);
-            std::memset(v.filter_t, 0, d.n_rbf * filter_row * sizeof(T));
-            transpose(C, d.n_rbf, weight(l, DK), v.filter_t, filter_row);
-            transpose(3 * C, d.n_rbf, weight(l, DV), v.filter_t + C, filter_row);
-            std::memcpy(v.filter_bias, weight(l, DK_BIAS), C * sizeof(T));
-            filled(3 * C, weight(l, DV_BIAS), v.filter_bias + C, filter_row - C);
-            std::memset(v.o_t, 0, C * o_row * sizeof(T));
-            transpose(3 * C, C, weight(l, O), v.o_t, o_row);
-            if (!has_vec(l)) continue;
-            std::memset(v.vec_t, 0, C * o_row * sizeof(T));
-            transpose(3 * C, C, weight(l, VEC), v.vec_t, o_row);
-        }
-        std::memset(embed_t, 0, d.n_rbf * embed_row * sizeof(T));
+    // Weights of a layer as its products read them, made right before: they are then still in the cache.
+    void prepare(int64_t l) {
+        LayerValues<T>& v = layers[l];
+        fill(C, 5 * C, v.qkv_t, qkv_row);
+        transpose(C, C, weight(l, Q), v.qkv_t, qkv_row);
+        transpose(C, C, weight(l, K), v.qkv_t + C, qkv_row);
+        transpose(3 * C, C, weight(l, V_), v.qkv_t + 2 * C, qkv_row);
+        std::memcpy(v.qkv_bias, weight(l, Q_BIAS), C * sizeof(T));
+        std::memcpy(v.qkv_bias + C, weight(l, K_BIAS), C * sizeof(T));
+        filled(3 * C, weight(l, V_BIAS), v.qkv_bias + 2 * C, qkv_row - 2 * C);
+        fill(d.n_rbf, 4 * C, v.filter_t, filter_row);
+        transpose(C, d.n_rbf, weight(l, DK), v.filter_t, filter_row);
+        transpose(3 * C, d.n_rbf, weight(l, DV), v.filter_t + C, filter_row);
+        std::memcpy(v.filter_bias, weight(l, DK_BIAS), C * sizeof(T));
+        filled(3 * C, weight(l, DV_BIAS), v.filter_bias + C, filter_row - C);
+        fill(C, 3 * C, v.o_t, o_row);
+        transpose(3 * C, C, weight(l, O), v.o_t, o_row);
+        if (!has_vec(l)) return;
+        fill(C, 3 * C, v.vec_t, o_row);
+        transpose(3 * C, C, weight(l, VEC), v.vec_t, o_row);
+    }
+    void prepare() {  // those of the neighbor embedding
+        fill(d.n_rbf, C, embed_t, embed_row);
         transpose(C, d.n_rbf, other(DISTANCE), embed_t, embed_row);
         filled(C, other(DISTANCE_BIAS), embed_bias, embed_row);
-        std::memset(combine_t, 0, 2 * C * embed_row * sizeof(T));
+        fill(2 * C, C, combine_t, embed_row);
         transpose(C, 2 * C, other(COMBINE), combine_t, embed_row);
     }
 
@@ -239,7 +229,7 @@ void network_forward(const Description& d, const T* vec0, T* x_out, T* vec_out) 
     Network<T> net(d);
     const int64_t n = net.n, C = net.C;
     net.prepare();
-    T* memory = scratch_memory<T>(10 * n * C);
+    T* memory = scratch_memory<T, PASSES>(10 * n * C);
     T *x = memory, *next = x + n * C, *v_sum = next + n * C, *sums = v_sum + 3 * n * C;
     for (int64_t i = 0; i < n; ++i) {
         std::memcpy(net.emb + i * C, net.other(NEIGHBOR) + d.z[i] * C, C * sizeof(T));
@@ -250,6 +240,7 @@ void network_forward(const Description& d, const T* vec0, T* x_out, T* vec_out) 
     net.forward_product(n, C, 2 * C, net.first, net.combine_t, net.embed_row, net.other(COMBINE_BIAS), x);
     for (int64_t l = 0; l < net.L; ++l) {
         LayerValues<T>& v = net.layers[l];
+        net.prepare(l);
         if (l == 0 && d.has_vec0) std::memcpy(v.vec, vec0, n * 3 * C * sizeof(T));
         norm_forward<T, W>(n, C, T(d.eps), x, net.weight(l, GAMMA), net.weight(l, BETA), v.unit, v.inverse, v.normed);
         net.forward_product(n, 5 * C, C, v.normed, v.qkv_t, net.qkv_row, v.qkv_bias, v.y);
@@ -272,7 +263,7 @@ void network_backward(const Description& d, const T* g_x_out, const T* g_vec_out
     const Network<T> net(d);
     const int64_t n = net.n, C = net.C;
     Kept<T> kept(net, adjoints, nullptr);
-    Arena<T> a{scratch_memory<T>(4 * net.p + 5 * n * C + (adjoints ? 0 : 23 * n * C) + 1024), 0};
+    Arena<T> a{scratch_memory<T, PASSES>(4 * net.p + 5 * n * C + (adjoints ? 0 : 23 * n * C) + 1024), 0};
     Change<T>* g_change = zeroed(reinterpret_cast<Change<T>*>(a.take(4 * net.p)), net.p);
     T *into = a.take(n * C), *current = zeroed(a.take(n * C), n * C), *current_vec = a.take(n * 3 * C);
     LayerAdjoints<T> passing = adjoints ? LayerAdjoints<T>{} : net.adjoints(a, net.L - 1);
@@ -306,7 +297,7 @@ void network_tangent(const Description& d, const T* pos_t, T* tangents, T* x_t_o
     const Network<T> net(d);
     const int64_t n = net.n, C = net.C;
     Kept<T> kept(net, nullptr, tangents);
-    T* v_t = scratch_memory<T>(3 * n * C);
+    T* v_t = scratch_memory<T, PASSES>(3 * n * C);
     Change<T>* change = reinterpret_cast<Change<T>*>(kept.change);
     geometry_tangent<T>(net.p, d.first, d.second, net.geometry(), pos_t, change);
     embed_tangent<T, W>(net.sizes(-1), d.first, d.second, net.geometry(), change, net.embed_filters(), net.emb,
@@ -342,7 +333,7 @@ void network_gradient(const Description& d, const T* m_x_out, const T* m_vec_out
     const bool second = adjoints != nullptr;
     const auto gradient = [&](int64_t l, int which) { return static_cast<T*>(out[l * LAYER_WEIGHTS + which]); };
     const int64_t filter_size = (K_ + 1) * net.filter_row;
-    Arena<T> a{scratch_memory<T>(4 * net.p + filter_size + 26 * n * C + 1024), 0};
+    Arena<T> a{scratch_memory<T, PASSES>(4 * net.p + filter_size + 26 * n * C + 1024), 0};
     Change<T>* g_change = g_pos ? zeroed(reinterpret_cast<Change<T>*>(a.take(4 * net.p)), net.p) : nullptr;
     const Change<T>* change = reinterpret_cast<const Change<T>*>(kept.change);
     T *x = zeroed(a.take(n * C), n * C), *vec = a.take(n * 3 * C), *vec_next = a.take(n * 3 * C), *filter = a.take(filter_size);

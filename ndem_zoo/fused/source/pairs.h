@@ -79,22 +79,21 @@ struct Filters {
 
 constexpr int64_t TILE = 48;  // pairs whose filters are made at a time: they stay in the second-level cache
 
-// The sum of the parts that tasks have found; one after the other, so that it does not depend on which was ready first.
+// The sum of the parts that `n` tasks have found; one after the other, so that it does not depend on which was ready first.
 template <class T>
-void add_parts(const std::vector<T>& parts, int64_t size, T* out) {
-    std::memset(out, 0, size * sizeof(T));
-    for (size_t begin = 0; begin < parts.size(); begin += size)
-        for (int64_t c = 0; c < size; ++c) out[c] += parts[begin + c];
+void add_parts(int64_t n, const T* parts, int64_t size, T* out) {
+    std::memcpy(out, parts, size * sizeof(T));
+    for (int64_t t = 1; t < n; ++t)
+        for (int64_t c = 0; c < size; ++c) out[c] += parts[t * size + c];
 }
 
 template <class T>
 struct Scratch {
-    std::vector<T> data;
-    int64_t used = 0;
-    explicit Scratch(int64_t size) : data(size, T(0)) {}
+    T* next;
+    explicit Scratch(int64_t size) : next(scratch_memory<T, PAIRS>(size)) {}
     T* take(int64_t size) {
-        T* p = data.data() + used;
-        used += size;
+        T* p = next;
+        next += padded(size);
         return p;
     }
 };
@@ -108,7 +107,7 @@ void pair_forward(const Sizes s, const Ranges ranges, const int32_t* first, cons
     constexpr int L = Number<T>::lanes;
 #pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
     for (int64_t t = 0; t < ranges.n; ++t) {
-        Scratch<T> scratch(4 * C + 2 * H2 + TILE * f.row);
+        Scratch<T> scratch(padded(4 * C) + 2 * H2 + TILE * f.row);
         T *tile = scratch.take(TILE * f.row), *d = scratch.take(4 * C), *a = scratch.take(H2), *A = scratch.take(H2);
         const int64_t a0 = ranges.atom[t], a1 = ranges.atom[t + 1];
         std::memset(x_out + a0 * C, 0, (a1 - a0) * C * sizeof(T));
@@ -210,12 +209,13 @@ void pair_backward(const Sizes s, const Ranges ranges, const int32_t* first, con
     typedef Vec<T, W> V;
     const int64_t C = CC ? CC : s.channels, H = HH ? HH : s.heads, D = C / H, H2 = padded(2 * H);
     constexpr int L = Number<T>::lanes;
-    std::vector<T> parts(FILTERS ? ranges.n * f.gradient_size() : 0, T(0));
+    const int64_t parts_size = FILTERS ? ranges.n * f.gradient_size() : 0;
+    T* parts = zeroed(scratch_memory<T, PARTS>(parts_size), parts_size);
 #pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
     for (int64_t t = 0; t < ranges.n; ++t) {
-        Scratch<T> scratch(12 * C + 4 * H2 + 3 * TILE * f.row);
+        Scratch<T> scratch(3 * padded(4 * C) + 4 * H2 + 3 * TILE * f.row);
         T *tile = scratch.take(TILE * f.row), *tile_r = scratch.take(TILE * f.row), *g_tile = scratch.take(TILE * f.row);
-        T* gradient = FILTERS ? parts.data() + t * f.gradient_size() : nullptr;
+        T* gradient = FILTERS ? parts + t * f.gradient_size() : nullptr;
         T *d = scratch.take(4 * C), *s1 = scratch.take(4 * C), *gd = scratch.take(4 * C);
         T *gA = scratch.take(H2), *A = scratch.take(H2), *ga = scratch.take(H2), *act = scratch.take(H2);
         const int64_t a0 = ranges.atom[t], a1 = ranges.atom[t + 1];
@@ -379,7 +379,7 @@ void pair_backward(const Sizes s, const Ranges ranges, const int32_t* first, con
             f.gradient(s.p, 1, own_gd, nullptr, gradient);
         }
     }
-    if (FILTERS) add_parts(parts, f.gradient_size(), g_filters);
+    if (FILTERS) add_parts(ranges.n, parts, f.gradient_size(), g_filters);
 }
 
 template <class T, int W, int CC, int HH>
@@ -391,7 +391,7 @@ void pair_tangent(const Sizes s, const Ranges ranges, const int32_t* first, cons
     constexpr int L = Number<T>::lanes;
 #pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
     for (int64_t t = 0; t < ranges.n; ++t) {
-        Scratch<T> scratch(8 * C + 3 * H2 + 2 * TILE * f.row);
+        Scratch<T> scratch(2 * padded(4 * C) + 3 * H2 + 2 * TILE * f.row);
         T *tile = scratch.take(TILE * f.row), *tile_r = scratch.take(TILE * f.row);
         T *d = scratch.take(4 * C), *dt = scratch.take(4 * C);
         T *at = scratch.take(H2), *A = scratch.take(H2), *At = scratch.take(H2);
@@ -512,19 +512,16 @@ void pair_reverse(const Sizes s, const Ranges ranges, const int32_t* first, cons
     typedef Vec<T, W> V;
     const int64_t C = CC ? CC : s.channels, H = HH ? HH : s.heads, D = C / H, H2 = padded(2 * H);
     constexpr int L = Number<T>::lanes;
-    std::vector<T> parts(ranges.n * f.gradient_size(), T(0));
+    T* parts = zeroed(scratch_memory<T, PARTS>(ranges.n * f.gradient_size()), ranges.n * f.gradient_size());
 #pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
     for (int64_t t = 0; t < ranges.n; ++t) {
-        Scratch<T> scratch(24 * C + 7 * H2 + 4 * TILE * f.row);
+        Scratch<T> scratch(4 * padded(4 * C) + 8 * H2 + 4 * TILE * f.row);
         T *tile = scratch.take(TILE * f.row), *tile_r = scratch.take(TILE * f.row);
         T *m_tile = scratch.take(TILE * f.row), *m_tile_r = scratch.take(TILE * f.row);
-        T* gradient = parts.data() + t * f.gradient_size();
+        T* gradient = parts + t * f.gradient_size();
         T *d = scratch.take(4 * C), *dt = scratch.take(4 * C), *s1 = scratch.take(4 * C), *s2 = scratch.take(4 * C);
-        T *md = scratch.take(4 * C), *mdt = scratch.take(4 * C);
         T *a = scratch.take(H2), *at = scratch.take(H2), *mA = scratch.take(H2), *mAt = scratch.take(H2);
-        T *A = scratch.take(H2), *ma = scratch.take(H2), *mat = scratch.take(H2);
-        std::vector<T> At_buffer(H2, T(0));
-        T* At = At_buffer.data();
+        T *A = scratch.take(H2), *At = scratch.take(H2), *ma = scratch.take(H2), *mat = scratch.take(H2);
         const int64_t a0 = ranges.atom[t], a1 = ranges.atom[t + 1];
         std::memset(m_y + a0 * 5 * C, 0, (a1 - a0) * 5 * C * sizeof(T));
         const auto attention = [&](const T* scores, const T* scores_t, int64_t n, T phi, T phi_t) {
@@ -575,105 +572,97 @@ void pair_reverse(const Sizes s, const Ranges ranges, const int32_t* first, cons
                 }
             }
             attention(score + p * 2 * H, score_t + p * 2 * H, 2 * H, g.phi, phi_t);
-            for (int dir = 0; dir < 2; ++dir) {
-                const int64_t i = atoms[dir], j = atoms[1 - dir];
-                const T sign = dir ? T(-1) : T(1);
-                const T unit[3] = {sign * g.unit[0], sign * g.unit[1], sign * g.unit[2]};
-                const T unit_t[3] = {sign * change[p].unit[0], sign * change[p].unit[1], sign * change[p].unit[2]};
-                const Row<const T> ri(y, i, C), rj(y, j, C), ti(y_t, i, C), tj(y_t, j, C);
-                const Row<T> mi(m_y, i, C), mj(m_y, j, C);
-                const T *gx = g_x + i * C, *gv = g_v + i * 3 * C, *mx = m_x + i * C, *mv = m_v + i * 3 * C;
-                const T *wj = vec + j * 3 * C, *wtj = vec_t + j * 3 * C;
-                T* mw = m_vec + j * 3 * C;
-                for (int64_t h = 0; h < H; ++h) {
-                    const T Ah = A[dir * H + h], Ath = At[dir * H + h], mah = ma[dir * H + h], math = mat[dir * H + h];
-                    for (int64_t e = 0; e < D; e += W) {
-                        const int64_t c = h * D + e, part = 3 * h * D + e;
-                        {
-                            const V q = load<T, W>(ri.q + c), k = load<T, W>(rj.k + c);
-                            const V q_t = load<T, W>(ti.q + c), k_t = load<T, W>(tj.k + c);
-                            const V f = load<T, W>(d + c), f_t = load<T, W>(dt + c), both = math * f;
-                            const V own = mah * f + math * f_t, qk = q * k;
-                            add<T, W>(mi.q + c, own * k + both * k_t);
-                            add<T, W>(mj.k + c, own * q + both * q_t);
-                            const V mf = mah * qk + math * (q_t * k + q * k_t), mf_t = math * qk;
-                            if (dir == 0) {
-                                store<T, W>(md + c, mf);
-                                store<T, W>(mdt + c, mf_t);
-                            } else {
-                                add<T, W>(md + c, mf);
-                                add<T, W>(mdt + c, mf_t);
-                            }
+            T *to = m_tile + (p - p0) * f.row, *to_r = m_tile_r + (p - p0) * f.row;
+            const auto filter = [&](int64_t at, V m, V m_t) {  // adjoints of a filter and its tangent, through silu
+                const V f1 = load<T, W>(s1 + at);
+                store<T, W>(to + at, m * f1 + m_t * load<T, W>(s2 + at));
+                store<T, W>(to_r + at, m_t * f1 * r_t);
+            };
+            const Row<const T> v[2] = {{y, atoms[0], C}, {y, atoms[1], C}}, vt[2] = {{y_t, atoms[0], C}, {y_t, atoms[1], C}};
+            const Row<T> m[2] = {{m_y, atoms[0], C}, {m_y, atoms[1], C}};
+            // One part of the filters at a time, for both directions: more would not fit into the registers.
+            for (int64_t h = 0; h < H; ++h)
+                for (int64_t c = h * D; c < h * D + D; c += W) {
+                    const V f0 = load<T, W>(d + c), f_t = load<T, W>(dt + c);
+                    V mf = {}, mf_t = {};
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        const T m0 = ma[i * H + h], m1 = mat[i * H + h];
+                        const V q = load<T, W>(v[i].q + c), k = load<T, W>(v[1 - i].k + c), qk = q * k;
+                        const V q_t = load<T, W>(vt[i].q + c), k_t = load<T, W>(vt[1 - i].k + c);
+                        const V own = m0 * f0 + m1 * f_t, both = m1 * f0;
+                        add<T, W>(m[i].q + c, own * k + both * k_t);
+                        add<T, W>(m[1 - i].k + c, own * q + both * q_t);
+                        mf += m0 * qk + m1 * (q_t * k + q * k_t);
+                        mf_t += m1 * qk;
+                    }
+                    filter(c, mf, mf_t);
+                }
+            for (int64_t h = 0; h < H; ++h)
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + e;
+                    const V f0 = load<T, W>(d + C + part), f_t = load<T, W>(dt + C + part);
+                    V mf = {}, mf_t = {};
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        const V gx = load<T, W>(g_x + atoms[i] * C + c), mx = load<T, W>(m_x + atoms[i] * C + c);
+                        const V u = load<T, W>(v[1 - i].v + part), u_t = load<T, W>(vt[1 - i].v + part);
+                        const V mm = A[i * H + h] * mx + At[i * H + h] * gx, mm_t = A[i * H + h] * gx;
+                        add<T, W>(m[1 - i].v + part, mm * f0 + mm_t * f_t);
+                        mf += mm * u + mm_t * u_t;
+                        mf_t += mm_t * u;
+                    }
+                    filter(C + part, mf, mf_t);
+                }
+            for (int64_t h = 0; h < H; ++h)
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + 2 * D + e;
+                    const V f0 = load<T, W>(d + C + part), f_t = load<T, W>(dt + C + part);
+                    V mf = {}, mf_t = {};
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        const T sign = i ? T(-1) : T(1);
+                        V mn = {}, mn_t = {};
+                        for (int b = 0; b < 3; ++b) {
+                            const V gv = load<T, W>(g_v + (3 * atoms[i] + b) * C + c);
+                            mn_t += gv * g.unit[b];
+                            mn += load<T, W>(m_v + (3 * atoms[i] + b) * C + c) * g.unit[b] + gv * change[p].unit[b];
                         }
-                        {
-                            const V v = load<T, W>(rj.v + part), v_t = load<T, W>(tj.v + part);
-                            const V f = load<T, W>(d + C + part), f_t = load<T, W>(dt + C + part);
-                            const V gxc = load<T, W>(gx + c);
-                            const V mm = Ah * load<T, W>(mx + c) + Ath * gxc, mm_t = Ah * gxc;
-                            add<T, W>(mj.v + part, mm * f + mm_t * f_t);
-                            const V mf = mm * v + mm_t * v_t, mf_t = mm_t * v;
-                            if (dir == 0) {
-                                store<T, W>(md + C + part, mf);
-                                store<T, W>(mdt + C + part, mf_t);
-                            } else {
-                                add<T, W>(md + C + part, mf);
-                                add<T, W>(mdt + C + part, mf_t);
+                        const V u = load<T, W>(v[1 - i].v + part), u_t = load<T, W>(vt[1 - i].v + part);
+                        const V own = mn * (sign * g.vphi) + mn_t * (sign * vphi_t), along = mn_t * (sign * g.vphi);
+                        add<T, W>(m[1 - i].v + part, own * f0 + along * f_t);
+                        mf += own * u + along * u_t;
+                        mf_t += along * u;
+                    }
+                    filter(C + part, mf, mf_t);
+                }
+            for (int64_t h = 0; h < H; ++h)
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + D + e;
+                    V mf = {}, mf_t = {};
+                    if (s.has_vec) {
+                        const V f0 = load<T, W>(d + C + part), f_t = load<T, W>(dt + C + part);
+#pragma GCC unroll 2
+                        for (int i = 0; i < 2; ++i) {
+                            const int64_t here = 3 * atoms[i] * C + c, there = 3 * atoms[1 - i] * C + c;
+                            const V u = load<T, W>(v[1 - i].v + part), u_t = load<T, W>(vt[1 - i].v + part);
+                            const V n = u * f0 * g.vphi, n_t = (u_t * f0 + u * f_t) * g.vphi + u * f0 * vphi_t;
+                            V mn = {}, mn_t = {};
+                            for (int b = 0; b < 3; ++b) {
+                                const V gv = load<T, W>(g_v + here + b * C), mv = load<T, W>(m_v + here + b * C);
+                                const V w = load<T, W>(vec + there + b * C);
+                                mn_t += gv * w;
+                                mn += mv * w + gv * load<T, W>(vec_t + there + b * C);
+                                add<T, W>(m_vec + there + b * C, mv * n + gv * n_t);
                             }
-                        }
-                        const V gv0 = load<T, W>(gv + c), gv1 = load<T, W>(gv + C + c), gv2 = load<T, W>(gv + 2 * C + c);
-                        const V mv0 = load<T, W>(mv + c), mv1 = load<T, W>(mv + C + c), mv2 = load<T, W>(mv + 2 * C + c);
-                        {
-                            const V mn_t = gv0 * unit[0] + gv1 * unit[1] + gv2 * unit[2];
-                            const V mn = mv0 * unit[0] + mv1 * unit[1] + mv2 * unit[2] + gv0 * unit_t[0] +
-                                         gv1 * unit_t[1] + gv2 * unit_t[2];
-                            const V v = load<T, W>(rj.v + part + 2 * D), v_t = load<T, W>(tj.v + part + 2 * D);
-                            const V f = load<T, W>(d + C + part + 2 * D), f_t = load<T, W>(dt + C + part + 2 * D);
                             const V own = mn * g.vphi + mn_t * vphi_t, along = mn_t * g.vphi;
-                            add<T, W>(mj.v + part + 2 * D, own * f + along * f_t);
-                            const V mf = own * v + along * v_t, mf_t = along * v;
-                            if (dir == 0) {
-                                store<T, W>(md + C + part + 2 * D, mf);
-                                store<T, W>(mdt + C + part + 2 * D, mf_t);
-                            } else {
-                                add<T, W>(md + C + part + 2 * D, mf);
-                                add<T, W>(mdt + C + part + 2 * D, mf_t);
-                            }
-                        }
-                        if (s.has_vec) {
-                            const V w0 = load<T, W>(wj + c), w1 = load<T, W>(wj + C + c), w2 = load<T, W>(wj + 2 * C + c);
-                            const V mn_t = gv0 * w0 + gv1 * w1 + gv2 * w2;
-                            const V mn = mv0 * w0 + mv1 * w1 + mv2 * w2 + gv0 * load<T, W>(wtj + c) +
-                                         gv1 * load<T, W>(wtj + C + c) + gv2 * load<T, W>(wtj + 2 * C + c);
-                            const V v = load<T, W>(rj.v + part + D), v_t = load<T, W>(tj.v + part + D);
-                            const V f = load<T, W>(d + C + part + D), f_t = load<T, W>(dt + C + part + D);
-                            const V n = v * f * g.vphi, n_t = (v_t * f + v * f_t) * g.vphi + v * f * vphi_t;
-                            add<T, W>(mw + c, mv0 * n + gv0 * n_t);
-                            add<T, W>(mw + C + c, mv1 * n + gv1 * n_t);
-                            add<T, W>(mw + 2 * C + c, mv2 * n + gv2 * n_t);
-                            const V own = mn * g.vphi + mn_t * vphi_t, along = mn_t * g.vphi;
-                            add<T, W>(mj.v + part + D, own * f + along * f_t);
-                            const V mf = own * v + along * v_t, mf_t = along * v;
-                            if (dir == 0) {
-                                store<T, W>(md + C + part + D, mf);
-                                store<T, W>(mdt + C + part + D, mf_t);
-                            } else {
-                                add<T, W>(md + C + part + D, mf);
-                                add<T, W>(mdt + C + part + D, mf_t);
-                            }
+                            add<T, W>(m[1 - i].v + part, own * f0 + along * f_t);
+                            mf += own * u + along * u_t;
+                            mf_t += along * u;
                         }
                     }
+                    filter(C + part, mf, mf_t);
                 }
-            }
-            if (!s.has_vec)  // no filter of the part along vectors was used
-                for (int64_t h = 0; h < H; ++h) {
-                    std::memset(md + C + (3 * h + 1) * D, 0, D * sizeof(T));
-                    std::memset(mdt + C + (3 * h + 1) * D, 0, D * sizeof(T));
-                }
-            for (int64_t c = 0; c < 4 * C; c += W) {
-                const V m0 = load<T, W>(md + c), m1 = load<T, W>(mdt + c), f1 = load<T, W>(s1 + c);
-                store<T, W>(m_tile + (p - p0) * f.row + c, m0 * f1 + m1 * load<T, W>(s2 + c));
-                store<T, W>(m_tile_r + (p - p0) * f.row + c, m1 * f1 * r_t);
-            }
         }
         f.gradient(p0, p1 - p0, m_tile, m_tile_r, gradient);
         }
@@ -733,7 +722,7 @@ void pair_reverse(const Sizes s, const Ranges ranges, const int32_t* first, cons
         for (int64_t c = 0; c < 4 * C; c += W) store<T, W>(own_md + c, load<T, W>(own_md + c) * load<T, W>(s1 + c));
         f.gradient(s.p, 1, own_md, nullptr, gradient);
     }
-    add_parts(parts, f.gradient_size(), m_filters);
+    add_parts(ranges.n, parts, f.gradient_size(), m_filters);
 }
 
 // ---------------------------------------------------------------------------------------------- neighbor embedding
@@ -744,13 +733,13 @@ void embed_forward(const Sizes s, const int32_t* first, const int32_t* second, c
                    const Filters<T> f, const T* emb, T* out) {
     typedef Vec<T, W> V;
     const int64_t C = s.channels;
-    std::vector<T> tile(TILE * f.row, T(0));
+    T* tile = scratch_memory<T, PAIRS>(TILE * f.row);
     std::memset(out, 0, s.n * C * sizeof(T));
     for (int64_t p = 0; p < s.p; ++p) {
-        if (p % TILE == 0) f.make(p, s.p - p < TILE ? s.p - p : TILE, tile.data());
+        if (p % TILE == 0) f.make(p, s.p - p < TILE ? s.p - p : TILE, tile);
         const int64_t i = first[p] * C, j = second[p] * C;
         for (int64_t c = 0; c < C; c += W) {
-            const V w = load<T, W>(tile.data() + p % TILE * f.row + c) * geometry[p].phi;
+            const V w = load<T, W>(tile + p % TILE * f.row + c) * geometry[p].phi;
             add<T, W>(out + i + c, load<T, W>(emb + j + c) * w);
             add<T, W>(out + j + c, load<T, W>(emb + i + c) * w);
         }
@@ -763,8 +752,7 @@ void embed_backward(const Sizes s, const int32_t* first, const int32_t* second, 
                     const Filters<T> f, const T* emb, const T* g_out, Change<T>* g_change, T* g_filters, T* g_emb) {
     typedef Vec<T, W> V;
     const int64_t C = s.channels;
-    std::vector<T> buffer(3 * TILE * f.row, T(0));
-    T *tile = buffer.data(), *tile_r = tile + TILE * f.row, *g_tile = tile_r + TILE * f.row;
+    T *tile = scratch_memory<T, PAIRS>(3 * TILE * f.row), *tile_r = tile + TILE * f.row, *g_tile = tile_r + TILE * f.row;
     if (g_filters) {
         std::memset(g_filters, 0, f.gradient_size() * sizeof(T));
         std::memset(g_emb, 0, s.n * C * sizeof(T));
@@ -798,8 +786,7 @@ void embed_tangent(const Sizes s, const int32_t* first, const int32_t* second, c
                    const Change<T>* change, const Filters<T> f, const T* emb, T* out_t) {
     typedef Vec<T, W> V;
     const int64_t C = s.channels;
-    std::vector<T> buffer(2 * TILE * f.row, T(0));
-    T *tile = buffer.data(), *tile_r = tile + TILE * f.row;
+    T *tile = scratch_memory<T, PAIRS>(2 * TILE * f.row), *tile_r = tile + TILE * f.row;
     std::memset(out_t, 0, s.n * C * sizeof(T));
     for (int64_t p = 0; p < s.p; ++p) {
         if (p % TILE == 0) {
@@ -822,8 +809,7 @@ void embed_reverse(const Sizes s, const int32_t* first, const int32_t* second, c
                    T* m_filters, T* m_emb) {
     typedef Vec<T, W> V;
     const int64_t C = s.channels;
-    std::vector<T> buffer(4 * TILE * f.row, T(0));
-    T *tile = buffer.data(), *tile_r = tile + TILE * f.row, *m_tile = tile_r + TILE * f.row;
+    T *tile = scratch_memory<T, PAIRS>(4 * TILE * f.row), *tile_r = tile + TILE * f.row, *m_tile = tile_r + TILE * f.row;
     T* m_tile_r = m_tile + TILE * f.row;
     std::memset(m_filters, 0, f.gradient_size() * sizeof(T));
     std::memset(m_emb, 0, s.n * C * sizeof(T));
@@ -923,8 +909,7 @@ void radial(int64_t p, int64_t K, T cutoff, int64_t vector_cutoff, const T* edge
     const T pi = T(3.14159265358979323846), alpha = T(5) / cutoff;
     constexpr int L = Number<T>::lanes;
     const int64_t K2 = padded(K);
-    std::vector<T> buffer(3 * K2, T(0));
-    T *mean = buffer.data(), *beta = mean + K2, *value = beta + K2;
+    T *mean = zeroed(scratch_memory<T, PAIRS>(3 * K2), 3 * K2), *beta = mean + K2, *value = beta + K2;
     std::memcpy(mean, means, K * sizeof(T));
     std::memcpy(beta, betas, K * sizeof(T));
     for (int64_t e = 0; e <= p; ++e) {

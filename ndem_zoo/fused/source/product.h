@@ -91,7 +91,7 @@ std::atomic<int64_t> product_flops{0};
 template <class T>
 void product_rows(const Product<T>& p, int64_t m0, int64_t m1) {
     constexpr int L = Number<T>::lanes;
-    static thread_local std::vector<T> buffer(KC* NV* L);
+    T* packed = scratch_memory<T, PANEL>(KC * NV * L);
     product_flops.fetch_add(2 * (m1 - m0) * p.n * p.k, std::memory_order_relaxed);
     for (int64_t k0 = 0; k0 < p.k; k0 += KC) {
         const int64_t depth = p.k - k0 < KC ? p.k - k0 : KC;
@@ -99,11 +99,11 @@ void product_rows(const Product<T>& p, int64_t m0, int64_t m1) {
             const int64_t width = p.n - n0 < NV * L ? p.n - n0 : NV * L, vectors = (width + L - 1) / L;
             const T* panel = p.b + k0 * p.b_row + n0;
             int64_t panel_row = p.b_row;
-            if (!p.padded) {
-                panel = buffer.data();
+            if (!p.padded && !(m1 - m0 <= 32 && width == NV * L)) {
+                panel = packed;
                 panel_row = vectors * L;
                 for (int64_t d = 0; d < depth; ++d) {
-                    T* row = buffer.data() + d * panel_row;
+                    T* row = packed + d * panel_row;
                     std::memcpy(row, p.b + (k0 + d) * p.b_row + n0, width * sizeof(T));
                     for (int64_t n = width; n < panel_row; ++n) row[n] = 0;
                 }
@@ -186,8 +186,8 @@ void transpose_block(const T* in, int64_t in_row, T* out, int64_t out_row) {
 template <class T>
 void transpose(int64_t n, int64_t k, const T* weight, T* out, int64_t row) {
     constexpr int64_t L = Number<T>::lanes;
-    for (int64_t n0 = 0; n0 < n; n0 += L)
-        for (int64_t k0 = 0; k0 < k; k0 += L) {
+    for (int64_t k0 = 0; k0 < k; k0 += L)
+        for (int64_t n0 = 0; n0 < n; n0 += L) {
             if (n0 + L <= n && k0 + L <= k) {
                 transpose_block(weight + n0 * k + k0, k, out + k0 * row + n0, row);
                 continue;

@@ -134,6 +134,26 @@ inline void silu(Vec<T, W> x, Vec<T, W>& s0, Vec<T, W>& s1, Vec<T, W>& s2) {
 
 inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
+// Who takes memory from `scratch_memory`: one call lends to several, one inside the other.
+enum Use { PASSES, PAIRS, PARTS, PANEL };
+
+// Memory of a thread that the next call takes again; it is not handed back to the system in between. It begins at a cache
+// line: a vector that lies in two costs two accesses.
+template <class T, Use USE>
+T* scratch_memory(int64_t size) {
+    static thread_local std::vector<T> memory;
+    constexpr int64_t line = 64;
+    size += line / sizeof(T);
+    if (int64_t(memory.size()) < size) memory.resize(size);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + line - 1) / line * line);
+}
+
+template <class X>
+X* zeroed(X* p, int64_t size) {
+    std::memset(static_cast<void*>(p), 0, size * sizeof(X));
+    return p;
+}
+
 // CALL with a constant number W of lanes that one operation works on; `width` is a power of two that divides what is
 // worked on, and wider is faster.
 #define LANES(T, CALL)                                                            \
