@@ -107,8 +107,9 @@ void pair_forward(const Sizes s, const Ranges ranges, const int32_t* first, cons
     constexpr int L = Number<T>::lanes;
 #pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
     for (int64_t t = 0; t < ranges.n; ++t) {
-        Scratch<T> scratch(padded(4 * C) + 2 * H2 + TILE * f.row);
+        Scratch<T> scratch(padded(4 * C) + (2 + W) * H2 + TILE * f.row);
         T *tile = scratch.take(TILE * f.row), *d = scratch.take(4 * C), *a = scratch.take(H2), *A = scratch.take(H2);
+        T* by_head = scratch.take(H2 * W);
         const int64_t a0 = ranges.atom[t], a1 = ranges.atom[t + 1];
         std::memset(x_out + a0 * C, 0, (a1 - a0) * C * sizeof(T));
         std::memset(v_out + a0 * 3 * C, 0, (a1 - a0) * 3 * C * sizeof(T));
@@ -139,9 +140,10 @@ void pair_forward(const Sizes s, const Ranges ranges, const int32_t* first, cons
                     ij += load<T, W>(ri.q + c) * load<T, W>(rj.k + c) * fk;
                     ji += load<T, W>(rj.q + c) * load<T, W>(ri.k + c) * fk;
                 }
-                a[h] = sum<T, W>(ij);
-                a[H + h] = sum<T, W>(ji);
+                store<T, W>(by_head + h * W, ij);
+                store<T, W>(by_head + (H + h) * W, ji);
             }
+            sums<T, W>(H2, by_head, a);
             std::memcpy(score + p * 2 * H, a, 2 * H * sizeof(T));
             attention(2 * H, g.phi);
             T *xi = x_out + i * C, *xj = x_out + j * C, *vi = v_out + i * 3 * C, *vj = v_out + j * 3 * C;
@@ -213,10 +215,10 @@ void pair_backward(const Sizes s, const Ranges ranges, const int32_t* first, con
     T* parts = zeroed(scratch_memory<T, PARTS>(parts_size), parts_size);
 #pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
     for (int64_t t = 0; t < ranges.n; ++t) {
-        Scratch<T> scratch(3 * padded(4 * C) + 4 * H2 + 3 * TILE * f.row);
+        Scratch<T> scratch(2 * padded(4 * C) + (4 + W) * H2 + 3 * TILE * f.row);
         T *tile = scratch.take(TILE * f.row), *tile_r = scratch.take(TILE * f.row), *g_tile = scratch.take(TILE * f.row);
         T* gradient = FILTERS ? parts + t * f.gradient_size() : nullptr;
-        T *d = scratch.take(4 * C), *s1 = scratch.take(4 * C), *gd = scratch.take(4 * C);
+        T *d = scratch.take(4 * C), *s1 = scratch.take(4 * C), *by_head = scratch.take(H2 * W);
         T *gA = scratch.take(H2), *A = scratch.take(H2), *ga = scratch.take(H2), *act = scratch.take(H2);
         const int64_t a0 = ranges.atom[t], a1 = ranges.atom[t + 1];
         std::memset(g_y + a0 * 5 * C, 0, (a1 - a0) * 5 * C * sizeof(T));
@@ -246,90 +248,88 @@ void pair_backward(const Sizes s, const Ranges ranges, const int32_t* first, con
             const Geometry<T>& g = geometry[p];
             const int64_t atoms[2] = {first[p], second[p]};
             filters(p - p0);
-            for (int dir = 0; dir < 2; ++dir) {
-                const T* v1 = Row<const T>(y, atoms[1 - dir], C).v;
-                const T* gx = g_x + atoms[dir] * C;
-                for (int64_t h = 0; h < H; ++h) {
-                    V own = {};
-                    for (int64_t e = 0; e < D; e += W)
-                        own += load<T, W>(gx + h * D + e) * load<T, W>(v1 + 3 * h * D + e) *
-                               load<T, W>(d + C + 3 * h * D + e);
-                    gA[dir * H + h] = sum<T, W>(own);
+            const Row<const T> v[2] = {{y, atoms[0], C}, {y, atoms[1], C}};
+            const Row<T> m[2] = {{g_y, atoms[0], C}, {g_y, atoms[1], C}};
+            for (int64_t h = 0; h < H; ++h) {
+                V own[2] = {};
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + e;
+                    const V f1 = load<T, W>(d + C + part);
+                    for (int i = 0; i < 2; ++i)
+                        own[i] += load<T, W>(g_x + atoms[i] * C + c) * load<T, W>(v[1 - i].v + part) * f1;
                 }
+                for (int i = 0; i < 2; ++i) store<T, W>(by_head + (i * H + h) * W, own[i]);
             }
+            sums<T, W>(H2, by_head, gA);
             attention(score + p * 2 * H, 2 * H, g.phi);
-            V g_vphi = {}, g_unit[3] = {{}, {}, {}};
-            for (int dir = 0; dir < 2; ++dir) {
-                const int64_t i = atoms[dir], j = atoms[1 - dir];
-                const T sign = dir ? T(-1) : T(1);
-                const T unit[3] = {sign * g.unit[0], sign * g.unit[1], sign * g.unit[2]};
-                const Row<const T> ri(y, i, C), rj(y, j, C);
-                const Row<T> gi(g_y, i, C), gj(g_y, j, C);
-                const T *gx = g_x + i * C, *gv = g_v + i * 3 * C, *wj = vec + j * 3 * C;
-                T* gw = g_vec + j * 3 * C;
-                for (int64_t h = 0; h < H; ++h) {
-                    const T Ah = A[dir * H + h], gah = ga[dir * H + h];
-                    for (int64_t e = 0; e < D; e += W) {
-                        const int64_t c = h * D + e, part = 3 * h * D + e;
-                        const V q = load<T, W>(ri.q + c), k = load<T, W>(rj.k + c), fk = load<T, W>(d + c);
-                        const V gfk = gah * q * k;
-                        add<T, W>(gi.q + c, gah * k * fk);
-                        add<T, W>(gj.k + c, gah * q * fk);
-                        const V f1 = load<T, W>(d + C + part), gm = Ah * load<T, W>(gx + c);
-                        const V gf1 = gm * load<T, W>(rj.v + part);
-                        add<T, W>(gj.v + part, gm * f1);
-                        const V gv0 = load<T, W>(gv + c), gv1 = load<T, W>(gv + C + c), gv2 = load<T, W>(gv + 2 * C + c);
-                        const V v3 = load<T, W>(rj.v + part + 2 * D), f3 = load<T, W>(d + C + part + 2 * D);
-                        const V along = gv0 * unit[0] + gv1 * unit[1] + gv2 * unit[2];
-                        const V g3 = along * g.vphi, gf3 = g3 * v3;
-                        add<T, W>(gj.v + part + 2 * D, g3 * f3);
-                        const V v3f3 = v3 * f3;
-                        if (GEOMETRY) {
-                            const V n3 = v3f3 * (sign * g.vphi);
-                            g_vphi += along * v3f3;
-                            g_unit[0] += gv0 * n3;
-                            g_unit[1] += gv1 * n3;
-                            g_unit[2] += gv2 * n3;
+            V g_r = {}, g_vphi = {}, g_unit[3] = {};
+            const T *from_r = tile_r + (p - p0) * f.row;
+            T* to = g_tile + (p - p0) * f.row;
+            const auto filter = [&](int64_t at, V g_f) {  // adjoint of a filter, through silu
+                const V g_pre = g_f * load<T, W>(s1 + at);
+                if (GEOMETRY) g_r += g_pre * load<T, W>(from_r + at);
+                if (FILTERS) store<T, W>(to + at, g_pre);
+            };
+            // One part of the filters at a time, for both directions, as in `pair_reverse`.
+            for (int64_t h = 0; h < H; ++h)
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + e;
+                    const V f0 = load<T, W>(d + c), f1 = load<T, W>(d + C + part);
+                    V gf0 = {}, gf1 = {};
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        const T g_a = ga[i * H + h];
+                        const V q = load<T, W>(v[i].q + c), k = load<T, W>(v[1 - i].k + c);
+                        add<T, W>(m[i].q + c, g_a * k * f0);
+                        add<T, W>(m[1 - i].k + c, g_a * q * f0);
+                        gf0 += g_a * q * k;
+                        const V gm = A[i * H + h] * load<T, W>(g_x + atoms[i] * C + c);
+                        add<T, W>(m[1 - i].v + part, gm * f1);
+                        gf1 += gm * load<T, W>(v[1 - i].v + part);
+                    }
+                    filter(c, gf0);
+                    filter(C + part, gf1);
+                }
+            for (int64_t h = 0; h < H; ++h)
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + D + e;
+                    const V f2 = load<T, W>(d + C + part), f3 = load<T, W>(d + C + part + D);
+                    V gf2 = {}, gf3 = {};
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        const int64_t here = 3 * atoms[i] * C + c, there = 3 * atoms[1 - i] * C + c;
+                        const T vphi = i ? -g.vphi : g.vphi;  // the other direction has the opposite unit vector
+                        const V u3 = load<T, W>(v[1 - i].v + part + D), u3f3 = u3 * f3;
+                        V along = {}, turned = {};
+                        for (int b = 0; b < 3; ++b) {
+                            const V gv = load<T, W>(g_v + here + b * C);
+                            along += gv * g.unit[b];
+                            if (s.has_vec) turned += gv * load<T, W>(vec + there + b * C);
+                            if (GEOMETRY) g_unit[b] += gv * (u3f3 * vphi);
                         }
-                        V gf2 = {};
+                        const V g3 = along * vphi;
+                        add<T, W>(m[1 - i].v + part + D, g3 * f3);
+                        gf3 += g3 * u3;
+                        if (GEOMETRY) g_vphi += (i ? -along : along) * u3f3;
                         if (s.has_vec) {
-                            const V v2 = load<T, W>(rj.v + part + D), f2 = load<T, W>(d + C + part + D);
-                            const V w = gv0 * load<T, W>(wj + c) + gv1 * load<T, W>(wj + C + c) +
-                                        gv2 * load<T, W>(wj + 2 * C + c);
-                            const V g2 = w * g.vphi, n2 = v2 * f2 * g.vphi;
-                            gf2 = g2 * v2;
-                            add<T, W>(gj.v + part + D, g2 * f2);
-                            add<T, W>(gw + c, gv0 * n2);
-                            add<T, W>(gw + C + c, gv1 * n2);
-                            add<T, W>(gw + 2 * C + c, gv2 * n2);
-                            if (GEOMETRY) g_vphi += w * v2 * f2;
-                        }
-                        if (dir == 0) {
-                            store<T, W>(gd + c, gfk);
-                            store<T, W>(gd + C + part, gf1);
-                            store<T, W>(gd + C + part + D, gf2);
-                            store<T, W>(gd + C + part + 2 * D, gf3);
-                        } else {
-                            add<T, W>(gd + c, gfk);
-                            add<T, W>(gd + C + part, gf1);
-                            if (s.has_vec) add<T, W>(gd + C + part + D, gf2);
-                            add<T, W>(gd + C + part + 2 * D, gf3);
+                            const V u2 = load<T, W>(v[1 - i].v + part), u2f2 = u2 * f2, n2 = u2f2 * g.vphi;
+                            for (int b = 0; b < 3; ++b)
+                                add<T, W>(g_vec + there + b * C, load<T, W>(g_v + here + b * C) * n2);
+                            const V g2 = turned * g.vphi;
+                            add<T, W>(m[1 - i].v + part, g2 * f2);
+                            gf2 += g2 * u2;
+                            if (GEOMETRY) g_vphi += turned * u2f2;
                         }
                     }
+                    filter(C + part, gf2);
+                    filter(C + part + D, gf3);
                 }
-            }
             if (GEOMETRY) {
-                V g_r = {};
-                for (int64_t c = 0; c < 4 * C; c += W)
-                    g_r += load<T, W>(gd + c) * load<T, W>(s1 + c) * load<T, W>(tile_r + (p - p0) * f.row + c);
                 T g_phi = 0;
                 for (int64_t h = 0; h < 2 * H; ++h) g_phi += gA[h] * act[h];
                 g_change[p].r += sum<T, W>(g_r) + g_phi * g.phi_r + sum<T, W>(g_vphi) * g.vphi_r;
                 for (int k = 0; k < 3; ++k) g_change[p].unit[k] += sum<T, W>(g_unit[k]);
             }
-            if (FILTERS)
-                for (int64_t c = 0; c < 4 * C; c += W)
-                    store<T, W>(g_tile + (p - p0) * f.row + c, load<T, W>(gd + c) * load<T, W>(s1 + c));
         }
         if (FILTERS) f.gradient(p0, p1 - p0, g_tile, nullptr, gradient);
         }
@@ -391,9 +391,9 @@ void pair_tangent(const Sizes s, const Ranges ranges, const int32_t* first, cons
     constexpr int L = Number<T>::lanes;
 #pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
     for (int64_t t = 0; t < ranges.n; ++t) {
-        Scratch<T> scratch(2 * padded(4 * C) + 3 * H2 + 2 * TILE * f.row);
+        Scratch<T> scratch(2 * padded(4 * C) + (3 + W) * H2 + 2 * TILE * f.row);
         T *tile = scratch.take(TILE * f.row), *tile_r = scratch.take(TILE * f.row);
-        T *d = scratch.take(4 * C), *dt = scratch.take(4 * C);
+        T *d = scratch.take(4 * C), *dt = scratch.take(4 * C), *by_head = scratch.take(H2 * W);
         T *at = scratch.take(H2), *A = scratch.take(H2), *At = scratch.take(H2);
         const int64_t a0 = ranges.atom[t], a1 = ranges.atom[t + 1];
         std::memset(x_t + a0 * C, 0, (a1 - a0) * C * sizeof(T));
@@ -421,54 +421,58 @@ void pair_tangent(const Sizes s, const Ranges ranges, const int32_t* first, cons
                 store<T, W>(d + c, v0);
                 store<T, W>(dt + c, v1 * load<T, W>(tile_r + (p - p0) * f.row + c) * r_t);
             }
-            for (int dir = 0; dir < 2; ++dir) {
-                const Row<const T> ri(y, atoms[dir], C), rj(y, atoms[1 - dir], C);
-                const Row<const T> ti(y_t, atoms[dir], C), tj(y_t, atoms[1 - dir], C);
-                for (int64_t h = 0; h < H; ++h) {
-                    V own = {};
-                    for (int64_t c = h * D; c < h * D + D; c += W) {
-                        const V q = load<T, W>(ri.q + c), k = load<T, W>(rj.k + c);
-                        own += (load<T, W>(ti.q + c) * k + q * load<T, W>(tj.k + c)) * load<T, W>(d + c) +
-                               q * k * load<T, W>(dt + c);
+            const Row<const T> v[2] = {{y, atoms[0], C}, {y, atoms[1], C}}, vt[2] = {{y_t, atoms[0], C}, {y_t, atoms[1], C}};
+            for (int64_t h = 0; h < H; ++h) {
+                V own[2] = {};
+                for (int64_t c = h * D; c < h * D + D; c += W) {
+                    const V f0 = load<T, W>(d + c), f_t = load<T, W>(dt + c);
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        const V q = load<T, W>(v[i].q + c), k = load<T, W>(v[1 - i].k + c);
+                        own[i] += (load<T, W>(vt[i].q + c) * k + q * load<T, W>(vt[1 - i].k + c)) * f0 + q * k * f_t;
                     }
-                    at[dir * H + h] = sum<T, W>(own);
                 }
+                for (int i = 0; i < 2; ++i) store<T, W>(by_head + (i * H + h) * W, own[i]);
             }
+            sums<T, W>(H2, by_head, at);
             std::memcpy(score_t + p * 2 * H, at, 2 * H * sizeof(T));
             attention(score + p * 2 * H, 2 * H, g.phi, phi_t);
-            for (int dir = 0; dir < 2; ++dir) {
-                const int64_t i = atoms[dir], j = atoms[1 - dir];
-                const T sign = dir ? T(-1) : T(1);
-                const Row<const T> rj(y, j, C), tj(y_t, j, C);
-                const T *wj = vec + j * 3 * C, *wtj = vec_t + j * 3 * C;
-                T *xi = x_t + i * C, *vi = v_t + i * 3 * C;
-                for (int64_t h = 0; h < H; ++h) {
-                    const T Ah = A[dir * H + h], Ath = At[dir * H + h];
-                    for (int64_t e = 0; e < D; e += W) {
-                        const int64_t c = h * D + e, part = 3 * h * D + e;
-                        const V v1 = load<T, W>(rj.v + part), f1 = load<T, W>(d + C + part);
-                        const V m_t = load<T, W>(tj.v + part) * f1 + v1 * load<T, W>(dt + C + part);
-                        add<T, W>(xi + c, Ath * v1 * f1 + Ah * m_t);
-                        const V v3 = load<T, W>(rj.v + part + 2 * D), f3 = load<T, W>(d + C + part + 2 * D);
-                        const V n3 = v3 * f3 * (sign * g.vphi);
-                        const V n3_t = ((load<T, W>(tj.v + part + 2 * D) * f3 +
-                                         v3 * load<T, W>(dt + C + part + 2 * D)) * g.vphi + v3 * f3 * vphi_t) * sign;
+            for (int64_t h = 0; h < H; ++h)
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + e;
+                    const V f0 = load<T, W>(d + C + part), f_t = load<T, W>(dt + C + part);
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        const V u = load<T, W>(v[1 - i].v + part), u_t = load<T, W>(vt[1 - i].v + part);
+                        add<T, W>(x_t + atoms[i] * C + c, At[i * H + h] * (u * f0) + A[i * H + h] * (u_t * f0 + u * f_t));
+                    }
+                }
+            for (int64_t h = 0; h < H; ++h)
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + D + e;
+                    const V f3 = load<T, W>(d + C + part + D), f3_t = load<T, W>(dt + C + part + D);
+                    const V f2 = load<T, W>(d + C + part), f2_t = load<T, W>(dt + C + part);
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        const int64_t here = 3 * atoms[i] * C + c, there = 3 * atoms[1 - i] * C + c;
+                        const T sign = i ? T(-1) : T(1);  // the other direction has the opposite unit vector
+                        const V u3 = load<T, W>(v[1 - i].v + part + D), n3 = u3 * f3 * (sign * g.vphi);
+                        const V n3_t = (load<T, W>(vt[1 - i].v + part + D) * f3 + u3 * f3_t) * (sign * g.vphi) +
+                                       u3 * f3 * (sign * vphi_t);
+                        V n2 = {}, n2_t = {};
                         if (s.has_vec) {
-                            const V v2 = load<T, W>(rj.v + part + D), f2 = load<T, W>(d + C + part + D);
-                            const V n2 = v2 * f2 * g.vphi;
-                            const V n2_t = (load<T, W>(tj.v + part + D) * f2 + v2 * load<T, W>(dt + C + part + D)) *
-                                               g.vphi + v2 * f2 * vphi_t;
-                            for (int k = 0; k < 3; ++k)
-                                add<T, W>(vi + k * C + c, load<T, W>(wtj + k * C + c) * n2 +
-                                                              load<T, W>(wj + k * C + c) * n2_t +
-                                                              n3 * change[p].unit[k] + n3_t * g.unit[k]);
-                        } else {
-                            for (int k = 0; k < 3; ++k)
-                                add<T, W>(vi + k * C + c, n3 * change[p].unit[k] + n3_t * g.unit[k]);
+                            const V u2 = load<T, W>(v[1 - i].v + part);
+                            n2 = u2 * f2 * g.vphi;
+                            n2_t = (load<T, W>(vt[1 - i].v + part) * f2 + u2 * f2_t) * g.vphi + u2 * f2 * vphi_t;
+                        }
+                        for (int b = 0; b < 3; ++b) {
+                            V out = n3 * change[p].unit[b] + n3_t * g.unit[b];
+                            if (s.has_vec)
+                                out += load<T, W>(vec_t + there + b * C) * n2 + load<T, W>(vec + there + b * C) * n2_t;
+                            add<T, W>(v_t + here + b * C, out);
                         }
                     }
                 }
-            }
         }
         }
         f.make(s.p, 1, tile);
@@ -515,11 +519,12 @@ void pair_reverse(const Sizes s, const Ranges ranges, const int32_t* first, cons
     T* parts = zeroed(scratch_memory<T, PARTS>(ranges.n * f.gradient_size()), ranges.n * f.gradient_size());
 #pragma omp parallel for schedule(dynamic, 1) if (ranges.n > 1)
     for (int64_t t = 0; t < ranges.n; ++t) {
-        Scratch<T> scratch(4 * padded(4 * C) + 8 * H2 + 4 * TILE * f.row);
+        Scratch<T> scratch(4 * padded(4 * C) + (8 + 2 * W) * H2 + 4 * TILE * f.row);
         T *tile = scratch.take(TILE * f.row), *tile_r = scratch.take(TILE * f.row);
         T *m_tile = scratch.take(TILE * f.row), *m_tile_r = scratch.take(TILE * f.row);
         T* gradient = parts + t * f.gradient_size();
         T *d = scratch.take(4 * C), *dt = scratch.take(4 * C), *s1 = scratch.take(4 * C), *s2 = scratch.take(4 * C);
+        T *by_head = scratch.take(H2 * W), *by_head_t = scratch.take(H2 * W);
         T *a = scratch.take(H2), *at = scratch.take(H2), *mA = scratch.take(H2), *mAt = scratch.take(H2);
         T *A = scratch.take(H2), *At = scratch.take(H2), *ma = scratch.take(H2), *mat = scratch.take(H2);
         const int64_t a0 = ranges.atom[t], a1 = ranges.atom[t + 1];
@@ -554,23 +559,28 @@ void pair_reverse(const Sizes s, const Ranges ranges, const int32_t* first, cons
                 store<T, W>(s1 + c, v1);
                 store<T, W>(s2 + c, v2 * pre_t);
             }
-            for (int dir = 0; dir < 2; ++dir) {
-                const Row<const T> rj(y, atoms[1 - dir], C), tj(y_t, atoms[1 - dir], C);
-                const T *mx = m_x + atoms[dir] * C, *gx = g_x + atoms[dir] * C;
-                for (int64_t h = 0; h < H; ++h) {
-                    V sum_a = {}, sum_t = {};
-                    for (int64_t e = 0; e < D; e += W) {
-                        const int64_t c = h * D + e, part = 3 * h * D + e;
-                        const V v1 = load<T, W>(rj.v + part), f1 = load<T, W>(d + C + part);
-                        const V m = v1 * f1, m_t = load<T, W>(tj.v + part) * f1 + v1 * load<T, W>(dt + C + part);
-                        const V gxc = load<T, W>(gx + c);
-                        sum_a += load<T, W>(mx + c) * m + gxc * m_t;
-                        sum_t += gxc * m;
+            const Row<const T> v[2] = {{y, atoms[0], C}, {y, atoms[1], C}}, vt[2] = {{y_t, atoms[0], C}, {y_t, atoms[1], C}};
+            for (int64_t h = 0; h < H; ++h) {
+                V sum_a[2] = {}, sum_t[2] = {};
+                for (int64_t e = 0; e < D; e += W) {
+                    const int64_t c = h * D + e, part = 3 * h * D + e;
+                    const V f0 = load<T, W>(d + C + part), f_t = load<T, W>(dt + C + part);
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        const V u = load<T, W>(v[1 - i].v + part), n = u * f0;
+                        const V n_t = load<T, W>(vt[1 - i].v + part) * f0 + u * f_t;
+                        const V gx = load<T, W>(g_x + atoms[i] * C + c);
+                        sum_a[i] += load<T, W>(m_x + atoms[i] * C + c) * n + gx * n_t;
+                        sum_t[i] += gx * n;
                     }
-                    mA[dir * H + h] = sum<T, W>(sum_a);
-                    mAt[dir * H + h] = sum<T, W>(sum_t);
+                }
+                for (int i = 0; i < 2; ++i) {
+                    store<T, W>(by_head + (i * H + h) * W, sum_a[i]);
+                    store<T, W>(by_head_t + (i * H + h) * W, sum_t[i]);
                 }
             }
+            sums<T, W>(H2, by_head, mA);
+            sums<T, W>(H2, by_head_t, mAt);
             attention(score + p * 2 * H, score_t + p * 2 * H, 2 * H, g.phi, phi_t);
             T *to = m_tile + (p - p0) * f.row, *to_r = m_tile_r + (p - p0) * f.row;
             const auto filter = [&](int64_t at, V m, V m_t) {  // adjoints of a filter and its tangent, through silu
@@ -578,7 +588,6 @@ void pair_reverse(const Sizes s, const Ranges ranges, const int32_t* first, cons
                 store<T, W>(to + at, m * f1 + m_t * load<T, W>(s2 + at));
                 store<T, W>(to_r + at, m_t * f1 * r_t);
             };
-            const Row<const T> v[2] = {{y, atoms[0], C}, {y, atoms[1], C}}, vt[2] = {{y_t, atoms[0], C}, {y_t, atoms[1], C}};
             const Row<T> m[2] = {{m_y, atoms[0], C}, {m_y, atoms[1], C}};
             // One part of the filters at a time, for both directions: more would not fit into the registers.
             for (int64_t h = 0; h < H; ++h)

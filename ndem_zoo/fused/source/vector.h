@@ -100,36 +100,67 @@ inline float sum<float, 16>(Vec<float, 16> v) {
     return _mm512_reduce_add_ps(reinterpret_cast<__m512&>(v));
 }
 
-// The same with instructions that C++ has no word for: scaling by 2^n saturates by itself, and an approximate
-// reciprocal with one Newton step replaces a division.
+// The same with instructions that C++ has no word for: scaling by 2^n saturates by itself.
 template <>
 inline Vec<float, 16> sigmoid<float, 16>(Vec<float, 16> argument) {
-    typedef Number<float> I;
-    const __m512 x = _mm512_sub_ps(_mm512_setzero_ps(), reinterpret_cast<__m512&>(argument));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(I::ln2_high), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(I::ln2_low), r);
-    const float inverse_factorials[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    __m512 series = _mm512_set1_ps(1.0f / 5040);
+    // exp(-x) = 2^n 2^r with r in [-1/2, 1/2]; the polynomial is the one of degree 6 with the least relative error, 2e-9
+    const __m512 x = reinterpret_cast<__m512&>(argument), scale = _mm512_set1_ps(-1.44269504f);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, scale), 0), r = _mm512_fmsub_ps(x, scale, n);
+    const float coefficients[] = {1.534581216e-4f, 1.339993121e-3f, 9.618488957e-3f, 5.550328777e-2f,
+                                  2.402264689e-1f, 6.931472057e-1f, 1.0f};
+    __m512 series = _mm512_set1_ps(coefficients[0]);
 #pragma GCC unroll 8
-    for (int k = 0; k < 7; ++k) series = _mm512_fmadd_ps(series, r, _mm512_set1_ps(inverse_factorials[k]));
-    const __m512 one = _mm512_set1_ps(1.0f), whole = _mm512_add_ps(one, _mm512_scalef_ps(series, n));
-    const __m512 guess = _mm512_rcp14_ps(whole);
-    // guess + guess (1 - whole guess); where `whole` is infinite the bracket is not a number, and the guess is 0
-    const __m512 rest = _mm512_fnmadd_ps(whole, guess, one);
-    const __mmask16 finite = _mm512_cmp_ps_mask(guess, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    __m512 result = _mm512_mask_fmadd_ps(guess, finite, rest, guess);
-    return reinterpret_cast<Vec<float, 16>&>(result);
+    for (int k = 1; k < 7; ++k) series = _mm512_fmadd_ps(series, r, _mm512_set1_ps(coefficients[k]));
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 result = _mm512_div_ps(one, _mm512_add_ps(one, _mm512_scalef_ps(series, n)));
+    return reinterpret_cast<const Vec<float, 16>&>(result);
 }
 #endif
+
+// out[i] = sum of row i of (n, W), for n a multiple of 16: a square of rows is halved until one row of sums is left.
+template <class T, int W>
+inline void sums(int64_t n, const T* rows, T* out) {
+    constexpr int L = Number<T>::lanes;
+#if !defined(__clang__)  // has no shuffle by a vector
+    if constexpr (W == L) {
+        typedef typename Number<T>::integer Int;
+        typedef Int Ints __attribute__((vector_size(L * sizeof(Int))));
+        for (int64_t i = 0; i < n; i += L) {
+            Vec<T, L> row[L];
+            for (int r = 0; r < L; ++r) row[r] = load<T, L>(rows + (i + r) * L);
+#pragma GCC unroll 4
+            for (int s = L / 2; s > 0; s /= 2) {
+                Ints low, high;
+                for (int j = 0; j < L; ++j) {
+                    low[j] = j & s ? L + j - s : j;
+                    high[j] = j & s ? L + j : j + s;
+                }
+#pragma GCC unroll 8
+                for (int r = 0; r < s; ++r)
+                    row[r] = __builtin_shuffle(row[r], row[r + s], low) + __builtin_shuffle(row[r], row[r + s], high);
+            }
+            store<T, L>(out + i, row[0]);
+        }
+        return;
+    }
+#endif
+    for (int64_t i = 0; i < n; ++i) out[i] = sum<T, W>(load<T, W>(rows + i * W));
+}
 
 // silu(x) and as many of its derivatives as are asked for.
 template <class T, int W, int ORDER>
 inline void silu(Vec<T, W> x, Vec<T, W>& s0, Vec<T, W>& s1, Vec<T, W>& s2) {
     const Vec<T, W> s = sigmoid<T, W>(x);
     s0 = x * s;
-    if (ORDER >= 1) s1 = s + s0 * (T(1) - s);
-    if (ORDER >= 2) s2 = s * (T(1) - s) * (T(2) + x * (T(1) - T(2) * s));
+    if (ORDER == 0) return;
+    const Vec<T, W> rest = T(1) - s;
+    if (ORDER == 1) {
+        s1 = s + s0 * rest;
+    } else {
+        const Vec<T, W> slope = s * rest, bent = x * slope;
+        s1 = s + bent;
+        s2 = bent * (rest - s) + (slope + slope);
+    }
 }
 
 inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
