@@ -279,7 +279,7 @@ def write_dump(
     tensors |= {f"extras.{name}": value for name, value in batch.extras.items()}
     for part, module in (("potential", run.potential), ("objective", run.objective)):
         tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
-    optimizer = files.flatten_optimizer(run.optimizer.state_dict())
+    optimizer = run.weights.optimizer_state(run.optimizer.optimizer)
     if sum(value.numel() * value.element_size() for value in optimizer.values()) <= SMALL:
         tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
     record = {

@@ -31,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel
 from ndem_zoo import checkpoint as files
 from ndem_zoo.distributed import Peers, check_devices, make_fabric, watched
 from ndem_zoo.errors import ConfigError, DataWarning, FileFormatError, TrainingError
+from ndem_zoo.flat import FlatWeights, Weights
 from ndem_zoo.graph import Batch
 from ndem_zoo.history import History, HistoryLog, from_columns, to_columns
 from ndem_zoo.inference import predict_columns
@@ -248,8 +249,10 @@ class Run:
         self.peers = Peers(self.fabric)
         self.dtype = torch.float64 if settings.precision == "64-true" else torch.float32
         module = TrainStep(potential, objective, settings.precision == "bf16-mixed").to(device, self.dtype)
-        self.trainable = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(decay_groups(module, settings.weight_decay), lr=settings.lr, **_fused(device))
+        # Several processes average the gradients that autograd shows them.
+        kind = FlatWeights if potential.backbone.plan == "fused" and self.peers.size == 1 else Weights
+        self.weights = kind(decay_groups(module, settings.weight_decay))
+        optimizer = torch.optim.AdamW(self.weights.groups, lr=settings.lr, **_fused(device))
         self.module, self.optimizer = self.fabric.setup(module, optimizer)
         # Without labels the denoising head is what was learned, too: it is averaged and kept with the backbone.
         self.kept = potential if objective.supervised.has_terms else module
@@ -312,7 +315,7 @@ class Run:
 
     def one_step(self, shares: Shares) -> None:
         """Forward and backward of each share, update; nothing here waits for a GPU."""
-        self.optimizer.zero_grad()
+        self.weights.zero_grad()
         for number, share in enumerate(shares, start=1):
             with self.fabric.no_backward_sync(self.module, enabled=number < len(shares)):
                 terms = self.forward(share)
@@ -336,7 +339,8 @@ class Run:
         self.objective.progress = self.progress
         self.potential.backbone.rng = rng
         try:
-            terms = self.module(StepInputs(share.batch, rng))
+            with self.weights.forward():
+                terms = self.module(StepInputs(share.batch, rng))
         finally:
             self.potential.backbone.rng = None
         if cut is None:
@@ -348,14 +352,14 @@ class Run:
         if self.peers.size > 1:
             loss = loss * self.peers.size  # DDP averages over processes; shares are to be added up
         # Positions have a gradient too, which nobody wants: a tenth of an eager step's launches.
-        self.fabric.backward(loss, inputs=self.trainable)
+        self.fabric.backward(loss, inputs=self.weights.inputs)
 
     def update(self) -> None:
         """New weights, and their average, if loss and gradient are finite."""
         norm = None
         if self.settings.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
-        self.guard.look(gradient_size(self.trainable, norm))
+            norm = nn.utils.clip_grad_norm_(self.weights.tensors, self.settings.clip_norm)
+        self.guard.look(gradient_size(self.weights.tensors, norm))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
@@ -460,7 +464,7 @@ class Run:
         self.check_finite({f"the sum of train_{name}": total for name, total in totals.items()})
         if not self.peers.is_first:
             return
-        tensors = {f"optimizer.{k}": v for k, v in files.flatten_optimizer(self.optimizer.state_dict()).items()}
+        tensors = {f"optimizer.{k}": v for k, v in self.weights.optimizer_state(self.optimizer.optimizer).items()}
         tensors |= {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"sums.{k}": torch.tensor(v, dtype=torch.float64) for k, v in totals.items()}
         tensors |= {f"guard.{k}": v for k, v in self.guard.tensors().items()}
@@ -526,7 +530,7 @@ class Run:
         self.state = state
         self.epoch, self.position = self.order.locate(state.step)
         self.module.load_state_dict(part("module"))
-        self.optimizer.load_state_dict(files.unflatten_optimizer(part("optimizer"), self.optimizer.state_dict()))
+        self.weights.load_optimizer_state(self.optimizer.optimizer, part("optimizer"))
         # They are of all processes, and will be added up over all of them.
         self.sums = {name: value.to(device) * self.peers.is_first for name, value in part("sums").items()}
         self.guard.load(part("guard"))
@@ -620,14 +624,17 @@ def train(
         check_workspace(device)
     with watched(lambda: _how_to_go_on(directory)):
         run = Run(potential, objective, train_set, valid_set, settings, device, devices, nodes)
-        run.guard.directory, run.guard.recipe = directory, recipe
-        fingerprint = _fingerprint(settings, objective, train_set, valid_set, identity or {}) if directory else {}
-        if directory is not None:
-            _prepare(directory, resume, run.peers)
-            if resume:
-                run.restore(directory, fingerprint)
-                run.peers.agree("a checkpoint of step", run.state.step)
-        interrupted = _loop(run, directory, fingerprint, checkpoint_every, tensorboard, progress, callback)
+        try:
+            run.guard.directory, run.guard.recipe = directory, recipe
+            fingerprint = _fingerprint(settings, objective, train_set, valid_set, identity or {}) if directory else {}
+            if directory is not None:
+                _prepare(directory, resume, run.peers)
+                if resume:
+                    run.restore(directory, fingerprint)
+                    run.peers.agree("a checkpoint of step", run.state.step)
+            interrupted = _loop(run, directory, fingerprint, checkpoint_every, tensorboard, progress, callback)
+        finally:
+            run.weights.release()
     history = History(run.state.history)
     history.interrupted = interrupted and not run.is_over()
     history.spikes = run.state.spikes

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ndem_zoo.errors import ConfigError
 from ndem_zoo.fused import backbone as fused_backbone
-from ndem_zoo.fused import native
+from ndem_zoo.fused import gradients_in_place, native
 from ndem_zoo.graph import Batch, make_batch
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.models.torchmd_net import TorchMDNet
@@ -196,6 +196,39 @@ def test_frozen_weights_get_no_gradient():
     assert not [name for name in found if "attention_layers" in name]
     everything = gradients(potential_of("eager"), scattered([6], 4.0))
     assert_alike(found, {name: everything[name] for name in found}, 1e-10)
+
+
+def test_in_place_and_by_autograd_give_the_same_gradient_and_add_up():
+    batch = scattered([7, 5], 4.5)
+    potential = potential_of("fused")
+    prediction = potential(batch)
+    loss = prediction.forces.square().sum() + prediction.energy.sum()
+    loss.backward(inputs=[p for p in potential.parameters() if p.requires_grad])
+    expected = {name: p.grad.clone() for name, p in potential.named_parameters() if p.grad is not None}
+    anchor = nn.Parameter(torch.zeros(()))
+    for p in potential.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    for _ in range(2):
+        with gradients_in_place(anchor):
+            prediction = potential(batch)
+        loss = prediction.forces.square().sum() + prediction.energy.sum()
+        loss.backward(inputs=[anchor])
+    assert anchor.grad is None
+    for name, p in potential.named_parameters():
+        if p.requires_grad:
+            wanted = 1.0 + 2.0 * expected.get(name, torch.zeros_like(p))
+            assert torch.allclose(p.grad, wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max())), name
+        else:
+            assert p.grad is None
+
+
+def test_weights_without_a_place_for_their_gradient_get_it_from_autograd():
+    potential = potential_of("fused")
+    weights = [p for p in potential.parameters() if p.requires_grad]
+    with gradients_in_place(nn.Parameter(torch.zeros(()))):
+        energy = potential(scattered([6], 4.5)).energy
+    energy.sum().backward(inputs=weights)
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in weights) > 20
 
 
 def test_second_derivatives_by_positions_are_refused():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed.structures import CUTOFF, Inputs, molecule_sets
+from ndem_zoo.flat import FlatWeights, Weights
 from ndem_zoo.graph import Batch
 from ndem_zoo.models.potential import Potential
 from ndem_zoo.models.torchmd_net import TorchMDNet
@@ -105,9 +106,15 @@ def _built(objective: type[Objective], potential: Potential) -> Objective:
     return term
 
 
-def adamw(parameters: list[nn.Parameter], fused: bool = True) -> torch.optim.AdamW:
+def adamw(parameters: list[nn.Parameter] | list[dict[str, Any]], fused: bool = True) -> torch.optim.AdamW:
     """AdamW: torch's fused kernel, as our training loop has it, or the default, as torchmd-net's has."""
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, **({"fused": True} if fused else {}))
+
+
+def kept(potential: Potential, objective: Objective) -> Weights:
+    """The weights to be trained, kept as `training.Run` keeps them."""
+    weights = [p for part in (potential, objective) for p in part.parameters() if p.requires_grad]
+    return (FlatWeights if potential.backbone.plan == "fused" else Weights)([{"params": weights}])
 
 
 class Ours:
@@ -130,15 +137,19 @@ class Ours:
         self.plan = best_plan() if plan is None else plan
         set_plan(self.potential, self.plan)
         self.objective = _built({"supervised": Supervised, "ndem": NDeM}[objective], self.potential)
-        modules = nn.ModuleList([self.potential, self.objective])
-        self.weights = [p for p in modules.parameters() if p.requires_grad]
-        self.optimizer = adamw(self.weights)
+        self.optimize()
         self.rng = torch.Generator()
+
+    def optimize(self) -> None:
+        """Make the optimizer, with weights kept as in our training loop."""
+        self.weights = kept(self.potential, self.objective)
+        self.optimizer = adamw(self.weights.groups)
 
     def terms(self, inputs: Inputs) -> dict[str, Tensor]:
         """Weighted terms of the objective."""
         self.rng.manual_seed(0)
-        return self.objective(self.potential, inputs.batch, self.rng)
+        with self.weights.forward():
+            return self.objective(self.potential, inputs.batch, self.rng)
 
     def loss(self, inputs: Inputs) -> Tensor:
         """Sum of the terms."""
@@ -146,11 +157,15 @@ class Ours:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the weights; those of the positions are not wanted, and the fused plan has none."""
-        loss.backward(inputs=self.weights)
+        loss.backward(inputs=self.weights.inputs)
+
+    def zero_grad(self) -> None:
+        """Set all gradients to 0."""
+        self.weights.zero_grad()
 
     def step(self, inputs: Inputs) -> None:
         """One training step."""
-        self.optimizer.zero_grad()
+        self.zero_grad()
         self.backward(self.loss(inputs))
         self.optimizer.step()
 
@@ -248,9 +263,13 @@ class TorchMDNetRival:
         """Gradients of everything, as shipped: the positions are among it."""
         loss.backward()
 
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        self.optimizer.zero_grad()
+
     def step(self, inputs: Inputs) -> None:
         """One training step."""
-        self.optimizer.zero_grad()
+        self.zero_grad()
         self.backward(self.loss(inputs))
         self.optimizer.step()
 
@@ -311,10 +330,10 @@ def _numbers(entrant: Any, inputs: Inputs, gradients: bool) -> dict[str, Tensor]
     energy, forces = entrant.infer(inputs)
     found = {"energy": energy.detach().double(), "forces": forces.detach().double()}
     if gradients:
-        entrant.optimizer.zero_grad()
+        entrant.zero_grad()
         entrant.backward(entrant.loss(inputs))
         found["gradient"] = flat_gradients(entrant)
-        entrant.optimizer.zero_grad()
+        entrant.zero_grad()
     return found
 
 
@@ -335,9 +354,8 @@ def _truth(ours: Ours, inputs: Inputs, gradients: bool) -> dict[str, Tensor]:
     exact.potential.double()
     exact.objective.double()
     set_plan(exact.potential, "eager")
-    exact.weights = [p for p in nn.ModuleList([exact.potential, exact.objective]).parameters() if p.requires_grad]
     if gradients:  # frozen weights have none
-        exact.optimizer = adamw(exact.weights)
+        exact.optimize()
     # The noise of a float64 batch would be another draw: positions are those of the float32 batch in any case.
     batch = inputs.batch.to(dtype=torch.float64)
     return _numbers(exact, Inputs(batch, inputs.z, inputs.pos, inputs.counts, inputs.cell, inputs.pbc), gradients)

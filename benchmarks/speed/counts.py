@@ -188,7 +188,7 @@ def count_entrant(entrant: Any, inputs: Any, optimizer: bool = False) -> Counts:
     A first step is made uncounted: caches are filled in it, and the optimizer's state is made.
     """
     entrant.step(inputs)
-    entrant.optimizer.zero_grad()
+    entrant.zero_grad()
     if not optimizer:
         return count(lambda: entrant.backward(entrant.loss(inputs)))
     entrant.backward(entrant.loss(inputs))

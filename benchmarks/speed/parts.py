@@ -174,11 +174,11 @@ def ndem_agreement(ours: Ours, rival: TorchMDNetRival, inputs: Inputs) -> dict[s
     """
     found = {}
     for name, entrant in (("ours", ours), ("torchmd-net", rival)):
-        entrant.optimizer.zero_grad()
+        entrant.zero_grad()
         term = entrant.terms(inputs)["ndem"]
         entrant.backward(term)
         found[name] = {"NDeM term": term.detach().double(), "its gradient": contestants.flat_gradients(entrant)}
-        entrant.optimizer.zero_grad()
+        entrant.zero_grad()
     between = contestants.differences(found["ours"], found["torchmd-net"])
     agreement = contestants.compare(ours, rival, inputs, gradients=False)
     ok = agreement.pop("ok") and all(v <= 2 * contestants.TOLERANCE["gradient"] for v in between.values())
@@ -372,17 +372,18 @@ class BareStep:
         from ndem_zoo.sampling import collate
 
         self.potential, self.objective = model.potential_.train(), model.objective_
-        parameters = [*self.potential.parameters(), *self.objective.parameters()]
-        self.weights = [p for p in parameters if p.requires_grad]
-        self.optimizer = contestants.adamw(self.weights)
+        self.weights = contestants.kept(self.potential, self.objective)
+        self.optimizer = contestants.adamw(self.weights.groups)
         self.batches = [collate(data, np.arange(8 * i, 8 * i + 8), structures.CUTOFF) for i in range(len(data) // 8)]
         self.rng, self.n = torch.Generator().manual_seed(0), 0
 
     def step(self) -> None:
         """One step, on the next batch."""
-        self.optimizer.zero_grad()
+        self.weights.zero_grad()
         batch = self.batches[self.n % len(self.batches)]
-        sum(self.objective(self.potential, batch, self.rng).values()).backward(inputs=self.weights)
+        with self.weights.forward():
+            loss = sum(self.objective(self.potential, batch, self.rng).values())
+        loss.backward(inputs=self.weights.inputs)
         self.optimizer.step()
         self.n += 1
 

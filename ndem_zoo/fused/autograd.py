@@ -3,18 +3,44 @@
 A part of the network (backbone, head) is one node. Asked for forces, the node runs its adjoint pass as a second node,
 whose own derivative is the tangent pass. The gradient by the weights then needs adjoints, tangents and the adjoints of
 the loss: the node does that last pass when all three have come in, once.
+
+A network has a hundred weights, and handing each one's gradient to autograd takes longer than computing it for a small
+batch. Within `gradients_in_place` the passes add to ``weight.grad`` themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ndem_zoo.errors import ConfigError
+
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def gradients_in_place(anchor: Tensor) -> Iterator[None]:
+    """Forward passes made in here add the gradients of weights that have a ``grad`` already to it, past autograd.
+
+    Only for ``loss.backward(inputs=[anchor, ...])``: hooks of the weights do not run, and ``torch.autograd.grad`` by them
+    finds nothing.
+
+    Parameters
+    ----------
+    anchor
+        A leaf that requires a gradient, and gets none from here: how autograd knows that there is something to do.
+    """
+    before, _here.anchor = getattr(_here, "anchor", None), anchor
+    try:
+        yield
+    finally:
+        _here.anchor = before
 
 
 class Passes(ABC):
@@ -25,12 +51,14 @@ class Passes(ABC):
     pos : (N, 3)
         The positions that forces are taken by; `physics.forces_from_energy` marks them while it does, and `Potential`
         those that are known to nobody else.
+    weights : list
+        What gradients are wanted of.
     pending : list
         What `backward` and `tangent` left for `gradient`, for each scalar that forces were taken of.
     """
 
-    def __init__(self, pos: Tensor) -> None:
-        self.pos = pos
+    def __init__(self, pos: Tensor, weights: list[Tensor]) -> None:
+        self.pos, self.weights = pos, weights
         self.pending: list[tuple[Any, Any]] = []
         self.second_order = False
 
@@ -48,8 +76,8 @@ class Passes(ABC):
 
     @abstractmethod
     def gradient(
-        self, *m_outputs: Tensor, second: tuple[Any, Any] | None, wanted: tuple[bool, ...]
-    ) -> tuple[tuple[Tensor | None, ...], list[Tensor | None]]:
+        self, *m_outputs: Tensor, second: tuple[Any, Any] | None, wanted: tuple[bool, ...], into: list[Tensor]
+    ) -> tuple[Tensor | None, ...]:
         """Adjoints of inputs and weights in (a scalar of the outputs) + (derivative of a second scalar).
 
         Parameters
@@ -61,20 +89,34 @@ class Passes(ABC):
             None if there is none.
         wanted
             Which of the inputs need adjoints.
+        into
+            One tensor for each of the weights, whose adjoints are added to it.
         """
+
+    def unused(self) -> tuple[int, ...]:
+        """Positions of weights that the values do not depend on."""
+        return ()
 
     def check_second_order(self) -> None:  # noqa: B027 (most parts have nothing to refuse)
         """Refuse (ConfigError) adjoints of the inputs that include a second derivative, if they are not known."""
 
 
-def run(passes: Passes, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def run(passes: Passes, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Outputs of a part of the network, connected to its inputs and weights."""
     if not torch.is_grad_enabled():
         return passes.forward(*inputs)
     first = inputs[0]
     if first.requires_grad:
         first = _Guard.apply(first, passes)
-    return _Values.apply(passes, len(inputs), first, *inputs[1:], *parameters)[:-1]
+    anchor, sums = getattr(_here, "anchor", None), None
+    if anchor is not None:
+        sums = [weight.grad for weight in passes.weights]
+        for weight, total in zip(passes.weights, sums, strict=True):
+            if weight.requires_grad and (total is None or not total.is_contiguous()):
+                sums = None
+                break
+    parameters = passes.weights if sums is None else [anchor]
+    return _Values.apply(passes, len(inputs), sums, first, *inputs[1:], *parameters)[:-1]
 
 
 class _Guard(torch.autograd.Function):
@@ -96,8 +138,9 @@ class _Values(torch.autograd.Function):
     """Inputs and weights to outputs, and a token that every force pass is tied to, so that this node comes last."""
 
     @staticmethod
-    def forward(ctx, passes, n_inputs, *tensors):
+    def forward(ctx, passes, n_inputs, sums, *tensors):
         ctx.passes, ctx.n_inputs, ctx.n_parameters = passes, n_inputs, len(tensors) - n_inputs
+        ctx.sums = sums
         outputs = passes.forward(*tensors[:n_inputs])
         token = outputs[0].new_zeros(())
         ctx.save_for_backward(token)
@@ -111,7 +154,7 @@ class _Values(torch.autograd.Function):
                 g_inputs = _Adjoints.apply(passes, *ctx.saved_tensors, *g_outputs)
             else:
                 g_inputs, _ = passes.backward(*g_outputs, keep=False)
-            return None, None, *g_inputs, *[None] * ctx.n_parameters
+            return None, None, None, *g_inputs, *[None] * ctx.n_parameters
         if torch.is_grad_enabled():
             raise ConfigError(
                 "the fused plan differentiates twice only through ndem_zoo.physics.forces_from_energy; use it, or set "
@@ -119,17 +162,22 @@ class _Values(torch.autograd.Function):
             )
         pending, passes.pending = passes.pending, []
         passes.second_order = bool(pending)
-        wanted = ctx.needs_input_grad[2 : 2 + ctx.n_inputs]
-        g_inputs, gradients = passes.gradient(*g_outputs, second=pending[0] if pending else None, wanted=wanted)
+        wanted = ctx.needs_input_grad[3 : 3 + ctx.n_inputs]
+        sums = [None] * len(passes.weights) if ctx.sums is None else ctx.sums
+        into = [
+            torch.zeros_like(w, requires_grad=False) if s is None else s
+            for w, s in zip(passes.weights, sums, strict=True)
+        ]
+        g_inputs = passes.gradient(*g_outputs, second=pending[0] if pending else None, wanted=wanted, into=into)
         for second in pending[1:]:
             nothing = [torch.zeros_like(g) for g in g_outputs]
-            more_inputs, more = passes.gradient(*nothing, second=second, wanted=wanted)
-            g_inputs, gradients = _added(g_inputs, more_inputs), _added(gradients, more)
-        return None, None, *g_inputs, *gradients
-
-
-def _added(values: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [a if b is None else b if a is None else a + b for a, b in zip(values, others, strict=True)]
+            more = passes.gradient(*nothing, second=second, wanted=wanted, into=into)
+            g_inputs = [a if b is None else b if a is None else a + b for a, b in zip(g_inputs, more, strict=True)]
+        if ctx.sums is not None:
+            return None, None, None, *g_inputs, None
+        unused = passes.unused()
+        gradients = [None if place in unused else gradient for place, gradient in enumerate(into)]
+        return None, None, None, *g_inputs, *gradients
 
 
 class _Adjoints(torch.autograd.Function):

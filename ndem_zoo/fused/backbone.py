@@ -89,7 +89,7 @@ def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Te
     pairs.add_geometry(kernels, backbone.cutoff, layers[0].vector_cutoff, basis, needs_forces)
     sizes = len(layers), layers[0].num_heads, backbone.out_norm.eps
     passes = BackbonePasses(kernels, pairs, batch.z, pos, parameters, *sizes)
-    scalars, vectors = autograd.run(passes, (pos, vec), parameters)
+    scalars, vectors = autograd.run(passes, (pos, vec))
     scalars.passes = passes  # tells heads that their plan can follow
     return scalars, vectors
 
@@ -204,8 +204,8 @@ class BackbonePasses(autograd.Passes):
         self, kernels: native.Kernels, pairs: Pairs, z: Tensor, pos: Tensor, weights: list[Tensor], n_layers: int,
         heads: int, eps: float,
     ) -> None:  # fmt: skip
-        super().__init__(pos)
-        self.kernels, self._weights, self._n = kernels, weights, pos.shape[0]
+        super().__init__(pos, weights)
+        self.kernels, self._n = kernels, pos.shape[0]
         self._channels = weights[1].shape[0]
         self._width = native.lanes(self._channels // heads)
         self._kept = pairs, z  # whose addresses the description holds
@@ -251,22 +251,21 @@ class BackbonePasses(autograd.Passes):
         return (x_t, vec_t), tangents
 
     def gradient(
-        self, m_x: Tensor, m_vec: Tensor, *, second: tuple[Tensor, Tensor] | None, wanted: tuple[bool, ...]
-    ) -> tuple[tuple[Tensor | None, Tensor | None], list[Tensor | None]]:
-        """Adjoints of positions (first order only) and first vectors, and gradients by all weights."""
-        gradients = [torch.empty_like(weight, requires_grad=False) for weight in self._weights]
-        others = len(gradients) - len(_OTHER_PARAMETERS)
-        for name in ("embedding.weight", "neighbor_embedding.embedding.weight"):  # rows are added to
-            gradients[others + _OTHER_PARAMETERS.index(name)].zero_()
+        self, m_x: Tensor, m_vec: Tensor, *, second: tuple[Tensor, Tensor] | None, wanted: tuple[bool, ...],
+        into: list[Tensor],
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Adjoints of positions (first order only) and first vectors; gradients by all weights are added to `into`."""
         adjoints, tangents = (None, None) if second is None else second
         g_pos = m_x.new_empty(self._n, 3) if wanted[0] and second is None else None
         g_vec0 = torch.empty_like(m_vec) if self._description.has_vec0 else None
-        native.count_written(*gradients)
-        out = native.addresses(gradients)
+        native.count_written(*into)
+        out = native.addresses(into)
         self._call("network_gradient", m_x, m_vec, adjoints, tangents, ctypes.addressof(out), g_pos, g_vec0)
-        if g_vec0 is None:
-            gradients[_LAYER_PARAMETERS.index("vec_proj.weight")] = None  # of vectors that are zero
-        return (g_pos, g_vec0), gradients
+        return g_pos, g_vec0
+
+    def unused(self) -> tuple[int, ...]:
+        """The projection of the vectors before the first layer, if they are zero."""
+        return () if self._description.has_vec0 else (_LAYER_PARAMETERS.index("vec_proj.weight"),)
 
     def check_second_order(self) -> None:
         """Adjoints of positions are known to first order only.

@@ -43,7 +43,7 @@ def run(blocks: Sequence[GatedEquivariantBlock], features: Features, vectors: bo
     if any(p.dtype != features.scalars.dtype or not p.is_contiguous() for p in parameters):
         return None
     passes = HeadPasses(backbone.kernels.like(), backbone.pos, blocks, parameters, vectors)
-    return autograd.run(passes, (features.scalars, features.vectors), parameters)
+    return autograd.run(passes, (features.scalars, features.vectors))
 
 
 class _Description(ctypes.Structure):
@@ -62,8 +62,8 @@ class HeadPasses(autograd.Passes):
         self, kernels: native.Kernels, pos: Tensor, blocks: Sequence[GatedEquivariantBlock], weights: list[Tensor],
         vectors: bool,
     ) -> None:  # fmt: skip
-        super().__init__(pos)
-        self.kernels, self._weights, self._n, self._vectors = kernels, weights, pos.shape[0], vectors
+        super().__init__(pos, weights)
+        self.kernels, self._n, self._vectors = kernels, pos.shape[0], vectors
         self._in_channels, self._out_channels = blocks[0].vec1_proj.in_features, blocks[-1].out_channels
         last = len(blocks) - 1
         sizes = [
@@ -118,14 +118,16 @@ class HeadPasses(autograd.Passes):
         return outputs, (tangents, v_t)
 
     def gradient(
-        self, *m_outputs: Tensor, second: tuple[Tensor, tuple[Tensor, Tensor]] | None, wanted: tuple[bool, ...]
-    ) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
-        """Adjoints of scalars and vectors, and gradients by all weights."""
-        gradients = [torch.empty_like(weight, requires_grad=False) for weight in self._weights]
+        self, *m_outputs: Tensor, second: tuple[Tensor, tuple[Tensor, Tensor]] | None, wanted: tuple[bool, ...],
+        into: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Adjoints of scalars and vectors; gradients by all weights are added to `into`."""
         adjoints, (tangents, v_t) = (None, (None, None)) if second is None else second
-        out, m_inputs = native.addresses(gradients), self._inputs(m_outputs[0])
+        out, m_inputs = native.addresses(into), self._inputs(m_outputs[0])
         self._call("head_gradient", *self._padded(m_outputs), adjoints, tangents, v_t, ctypes.addressof(out), *m_inputs)
-        native.count_written(*gradients, *m_inputs)
-        if not self._vectors:
-            gradients[-_BLOCK_WEIGHTS + 1] = None  # vec2_proj of the last block, whose vectors were not made
-        return m_inputs, gradients
+        native.count_written(*into, *m_inputs)
+        return m_inputs
+
+    def unused(self) -> tuple[int, ...]:
+        """The projection of the last block's vectors, if they were not made."""
+        return () if self._vectors else (len(self.weights) - _BLOCK_WEIGHTS + 1,)

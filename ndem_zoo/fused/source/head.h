@@ -81,9 +81,8 @@ struct HeadNetwork {
                           bool accumulate) const {
         product<T>({m, n_out, k, a, b, nullptr, a_row, 1, n_out, n_out, c, accumulate}, d.threads);
     }
-    void weight_gradient(int64_t m, int64_t n_out, int64_t k, const T* g, int64_t g_row, const T* x, T* c,
-                         bool accumulate) const {
-        product<T>({n_out, k, m, g, x, nullptr, 1, g_row, k, k, c, accumulate}, d.threads);
+    void weight_gradient(int64_t m, int64_t n_out, int64_t k, const T* g, int64_t g_row, const T* x, T* c) const {
+        product<T>({n_out, k, m, g, x, nullptr, 1, g_row, k, k, c, true}, d.threads);
     }
     // Adjoint of the vectors before a block from that of [a | b].
     void vector_backward(int64_t i, const T* g_ab, T* g_v) const {
@@ -207,7 +206,7 @@ void head_tangent(const HeadDescription& d, const T* s_t, const T* v_t, T* tange
     }
 }
 
-// adjoints, tangents null: the gradient of a scalar of the outputs alone. v_t: tangents of the features' vectors.
+// adjoints, tangents null: the gradient of a scalar of the outputs alone. It is added to `out`. v_t: tangents of the features' vectors.
 template <class T>
 void head_gradient(const HeadDescription& d, const T* m_s_out, const T* m_v_out, T* adjoints, T* tangents,
                    const T* v_t, void* const* out, T* m_s_in, T* m_v_in) {
@@ -251,15 +250,15 @@ void head_gradient(const HeadDescription& d, const T* m_s_out, const T* m_v_out,
         }
         const auto weights = [&](int which, int64_t m, int64_t n_out, int64_t k, const T* m_y, int64_t y_row, const T* x,
                                  const T* g_y, const T* x_t) {
-            head.weight_gradient(m, n_out, k, m_y, y_row, x, gradient(which), false);
-            if (second) head.weight_gradient(m, n_out, k, g_y, y_row, x_t, gradient(which), true);
+            head.weight_gradient(m, n_out, k, m_y, y_row, x, gradient(which));
+            if (second) head.weight_gradient(m, n_out, k, g_y, y_row, x_t, gradient(which));
         };
         weights(VEC1, 3 * n, b.I, b.I, m_ab, b.row, b.v, g[i].ab, v_before);
         if (b.vectors) weights(VEC2, 3 * n, b.O, b.I, m_ab + b.I, b.row, b.v, g[i].ab + b.I, v_before);
         weights(HIDDEN, n, b.I, 2 * b.I, m_h, b.I, b.sn, g[i].h, t[i].sn);
         weights(OUT, n, 2 * b.O, b.I, m_u, 2 * b.O, b.t, g[i].u, t[i].t);
-        column_sum(n, b.I, m_h, b.I, false, gradient(HIDDEN_BIAS));
-        column_sum(n, 2 * b.O, m_u, 2 * b.O, false, gradient(OUT_BIAS));
+        column_sum(n, b.I, m_h, b.I, gradient(HIDDEN_BIAS));
+        column_sum(n, 2 * b.O, m_u, 2 * b.O, gradient(OUT_BIAS));
         head.vector_backward(i, m_ab, v_next);
         m_s = s_next;
         m_v = v_next;

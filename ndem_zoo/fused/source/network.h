@@ -115,10 +115,10 @@ struct Network {
                           T* c, bool accumulate) const {
         product<T>({m, n_out, k, a, b, nullptr, a_row, 1, b_row, n_out, c, accumulate}, d.threads);
     }
-    // c = [c +] g^T x over m rows: the gradient of a weight (n_out, k)
+    // c += g^T x over m rows: the gradient of a weight (n_out, k)
     void weight_gradient(int64_t m, int64_t n_out, int64_t k, const T* g, int64_t g_row, const T* x, int64_t x_row,
-                         T* c, bool accumulate) const {
-        product<T>({n_out, k, m, g, x, nullptr, 1, g_row, x_row, k, c, accumulate}, d.threads);
+                         T* c) const {
+        product<T>({n_out, k, m, g, x, nullptr, 1, g_row, x_row, k, c, true}, d.threads);
     }
 
     // Zeros in what the columns leave of the rows: products read whole vectors.
@@ -206,12 +206,12 @@ void qkv_backward(const Network<T>& net, int64_t l, const T* g_y, T* g_normed) {
     net.backward_product(net.n, C, 3 * C, g_y + 2 * C, 5 * C, net.weight(l, V_), C, g_normed, true);
 }
 
-// (k + 1, row) -> weight (n, k) and, from the last row, bias (n,)
+// (k + 1, row), added to weight (n, k) and, from the last row, to bias (n,)
 template <class T>
-void untranspose(int64_t n, int64_t k, const T* from, int64_t row, T* weight, T* bias) {
+void add_untransposed(int64_t n, int64_t k, const T* from, int64_t row, T* weight, T* bias) {
     for (int64_t c = 0; c < n; ++c)
-        for (int64_t r = 0; r < k; ++r) weight[c * k + r] = from[r * row + c];
-    std::memcpy(bias, from + k * row, n * sizeof(T));
+        for (int64_t r = 0; r < k; ++r) weight[c * k + r] += from[r * row + c];
+    for (int64_t c = 0; c < n; ++c) bias[c] += from[k * row + c];
 }
 
 // How many numbers of memory the caller has to lend: 0 values, 1 adjoints, 2 tangents.
@@ -322,8 +322,8 @@ void network_tangent(const Description& d, const T* pos_t, T* tangents, T* x_t_o
     norm_tangent<T, W>(n, C, net.unit, net.inverse, net.other(OUT_GAMMA), kept.x_last, x_t_out);
 }
 
-// adjoints, tangents null: the gradient of a scalar of the features alone. `out` has an address for every weight, null
-// where none is wanted; embeddings must hold zeros.
+// adjoints, tangents null: the gradient of a scalar of the features alone. It is added to `out`, which has an address for
+// every weight.
 template <class T, int W, int CC, int HH>
 void network_gradient(const Description& d, const T* m_x_out, const T* m_vec_out, T* adjoints, T* tangents,
                       void* const* out, T* g_pos, T* g_vec0) {
@@ -339,7 +339,7 @@ void network_gradient(const Description& d, const T* m_x_out, const T* m_vec_out
     T *x = zeroed(a.take(n * C), n * C), *vec = a.take(n * 3 * C), *vec_next = a.take(n * 3 * C), *filter = a.take(filter_size);
     T *m_o = a.take(n * 3 * C), *m_w = a.take(n * 9 * C), *m_sum = a.take(n * C), *m_y = a.take(n * 5 * C);
     T* m_normed = a.take(n * C);
-    T *out_gamma = zeroed(gradient(net.L, OUT_GAMMA), C), *out_beta = zeroed(gradient(net.L, OUT_BETA), C);
+    T *out_gamma = gradient(net.L, OUT_GAMMA), *out_beta = gradient(net.L, OUT_BETA);
     if (second)
         norm_reverse<T, W>(n, C, net.unit, net.inverse, net.other(OUT_GAMMA), kept.x_last, kept.g_out, m_x_out, x,
                            out_gamma, out_beta);
@@ -358,10 +358,8 @@ void network_gradient(const Description& d, const T* m_x_out, const T* m_vec_out
         if (v.vec) {
             std::memcpy(vec_next, vec, n * 3 * C * sizeof(T));
             net.backward_product(3 * n, C, 3 * C, m_w, 3 * C, net.weight(l, VEC), C, vec_next, true);
-            if (gradient(l, VEC)) {
-                net.weight_gradient(3 * n, 3 * C, C, m_w, 3 * C, v.vec, C, gradient(l, VEC), false);
-                if (second) net.weight_gradient(3 * n, 3 * C, C, g.w, 3 * C, t.vec, C, gradient(l, VEC), true);
-            }
+            net.weight_gradient(3 * n, 3 * C, C, m_w, 3 * C, v.vec, C, gradient(l, VEC));
+            if (second) net.weight_gradient(3 * n, 3 * C, C, g.w, 3 * C, t.vec, C, gradient(l, VEC));
         }
         const Sizes s = net.sizes(l);
         if (second)
@@ -377,7 +375,7 @@ void network_gradient(const Description& d, const T* m_x_out, const T* m_vec_out
                                                      net.filters(l), v.y, v.vec, v.score, v.score_self, m_sum, vec, m_y,
                                                      vec_next, nullptr, filter);
         qkv_backward(net, l, m_y, m_normed);
-        T *gamma = zeroed(gradient(l, GAMMA), C), *beta = zeroed(gradient(l, BETA), C);
+        T *gamma = gradient(l, GAMMA), *beta = gradient(l, BETA);
         if (second)
             norm_reverse<T, W>(n, C, v.unit, v.inverse, net.weight(l, GAMMA), t.x, g.normed, m_normed, x, gamma, beta);
         else
@@ -386,23 +384,23 @@ void network_gradient(const Description& d, const T* m_x_out, const T* m_vec_out
         for (const auto& projection : projections) {
             const int64_t column = projection[1] * C, width = projection[0] == V_ ? 3 * C : C;
             T* weight = gradient(l, projection[0]);
-            net.weight_gradient(n, width, C, m_y + column, 5 * C, v.normed, C, weight, false);
-            if (second) net.weight_gradient(n, width, C, g.y + column, 5 * C, t.normed, C, weight, true);
-            column_sum(n, width, m_y + column, 5 * C, false, gradient(l, projection[0] + 1));
+            net.weight_gradient(n, width, C, m_y + column, 5 * C, v.normed, C, weight);
+            if (second) net.weight_gradient(n, width, C, g.y + column, 5 * C, t.normed, C, weight);
+            column_sum(n, width, m_y + column, 5 * C, gradient(l, projection[0] + 1));
         }
-        net.weight_gradient(n, 3 * C, C, m_o, 3 * C, v.x_sum, C, gradient(l, O), false);
-        if (second) net.weight_gradient(n, 3 * C, C, g.o, 3 * C, t.x_sum, C, gradient(l, O), true);
-        column_sum(n, 3 * C, m_o, 3 * C, false, gradient(l, O_BIAS));
-        untranspose(C, K_, filter, net.filter_row, gradient(l, DK), gradient(l, DK_BIAS));
-        untranspose(3 * C, K_, filter + C, net.filter_row, gradient(l, DV), gradient(l, DV_BIAS));
+        net.weight_gradient(n, 3 * C, C, m_o, 3 * C, v.x_sum, C, gradient(l, O));
+        if (second) net.weight_gradient(n, 3 * C, C, g.o, 3 * C, t.x_sum, C, gradient(l, O));
+        column_sum(n, 3 * C, m_o, 3 * C, gradient(l, O_BIAS));
+        add_untransposed(C, K_, filter, net.filter_row, gradient(l, DK), gradient(l, DK_BIAS));
+        add_untransposed(3 * C, K_, filter + C, net.filter_row, gradient(l, DV), gradient(l, DV_BIAS));
         if (v.vec) std::swap(vec, vec_next);
     }
     if (g_vec0) std::memcpy(g_vec0, vec, n * 3 * C * sizeof(T));
-    net.weight_gradient(n, C, 2 * C, x, C, net.first, 2 * C, gradient(net.L, COMBINE), false);
+    net.weight_gradient(n, C, 2 * C, x, C, net.first, 2 * C, gradient(net.L, COMBINE));
     if (second)  // the atom's own embedding has no tangent
         product<T>({C, C, n, kept.g_first, kept.neighbors, nullptr, 1, C, C, 2 * C, gradient(net.L, COMBINE) + C, true},
                    d.threads);
-    column_sum(n, C, x, C, false, gradient(net.L, COMBINE_BIAS));
+    column_sum(n, C, x, C, gradient(net.L, COMBINE_BIAS));
     T *m_first = m_w, *m_emb = m_sum, *neighbors = m_normed;
     net.backward_product(n, 2 * C, C, x, C, net.other(COMBINE), 2 * C, m_first, false);
     for (int64_t i = 0; i < n; ++i) std::memcpy(neighbors + i * C, m_first + i * 2 * C + C, C * sizeof(T));
@@ -412,7 +410,7 @@ void network_gradient(const Description& d, const T* m_x_out, const T* m_vec_out
     else
         embed_backward<T, W>(net.sizes(-1), d.first, d.second, net.geometry(), net.embed_filters(), net.emb, neighbors,
                              g_change, filter, m_emb);
-    untranspose(C, K_, filter, net.embed_row, gradient(net.L, DISTANCE), gradient(net.L, DISTANCE_BIAS));
+    add_untransposed(C, K_, filter, net.embed_row, gradient(net.L, DISTANCE), gradient(net.L, DISTANCE_BIAS));
     for (int64_t i = 0; i < n; ++i)
         for (int64_t c = 0; c < C; ++c) {
             gradient(net.L, EMBEDDING)[d.z[i] * C + c] += m_first[i * 2 * C + c];

@@ -72,7 +72,7 @@ struct Filters {
         if (g_r)
             product_rows<T>({m, padded(columns), n, rbf_r + begin * n_rbf, g_r, nullptr, 1, n_rbf, row, row, out, true,
                              true}, 0, m);
-        column_sum(n, columns, g, row, true, out + n_rbf * row);
+        column_sum(n, columns, g, row, out + n_rbf * row);
     }
     int64_t gradient_size() const { return (n_rbf + 1) * row; }
 };

@@ -139,10 +139,9 @@ void product(const Product<T>& p, int64_t threads) {
     }
 }
 
-// out (n,) [+]= sum of the rows of (m, n), which are `row` numbers apart
+// out (n,) += sum of the rows of (m, n), which are `row` numbers apart
 template <class T>
-void column_sum(int64_t m, int64_t n, const T* values, int64_t row, bool accumulate, T* out) {
-    if (!accumulate) std::memset(out, 0, n * sizeof(T));
+void column_sum(int64_t m, int64_t n, const T* values, int64_t row, T* out) {
     for (int64_t i = 0; i < m; ++i)
         for (int64_t c = 0; c < n; ++c) out[c] += values[i * row + c];
 }
