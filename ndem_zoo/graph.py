@@ -15,6 +15,7 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -207,12 +208,22 @@ def sum_by_index(values: Tensor, index: Int[Tensor, " E"], size: int) -> Tensor:
 def all_pairs(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """All ordered pairs within structures of `counts` atoms: (src, dst), each (E,) int64, sorted by center."""
     counts = np.asarray(counts, dtype=np.int64)
+    if len(counts) > 1 and 0 < counts[0] <= ALL_PAIRS_UP_TO and (counts == counts[0]).all():  # frames of one molecule
+        starts = np.arange(0, len(counts) * counts[0], counts[0])[:, None]
+        src, dst = _pairs_of_one(int(counts[0]))
+        return (starts + src).reshape(-1), (starts + dst).reshape(-1)
     starts = np.cumsum(counts) - counts
     degree = np.repeat(counts - 1, counts)  # (N,), edges of each center
     dst = np.repeat(np.arange(len(degree)), degree)
     # The edges of a center count up from the first atom of its structure, and leave out the center itself.
     src = np.arange(len(dst)) + np.repeat(np.repeat(starts, counts) - (np.cumsum(degree) - degree), degree)
     return src + (src >= dst), dst
+
+
+@lru_cache(maxsize=ALL_PAIRS_UP_TO)
+def _pairs_of_one(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Those of a single structure; not to be written into."""
+    return all_pairs([n])
 
 
 def neighbor_list(

@@ -261,7 +261,7 @@ def test_many_one_sided_edges_do_not_overflow():
         src=torch.ones(n, dtype=torch.long), dst=torch.zeros(n, dtype=torch.long), shift=batch.shift.new_zeros(n, 3)
     )
     kernels = native.Kernels(native.library(), torch.float64)
-    assert fused_backbone.find_pairs(kernels, one_sided, 5.0) is None
+    assert fused_backbone.find_pairs(kernels, one_sided, 5.0, 100) is None
 
 
 def test_trainable_radial_functions_take_the_eager_plan(ran):

@@ -109,7 +109,7 @@ def test_make_batch_copies_its_input():
 # --------------------------------------------------------------------------------------------------------------- edges
 
 
-@pytest.mark.parametrize("counts", [[1], [3], [2, 2, 2], [1, 4, 2], [5, 1]])
+@pytest.mark.parametrize("counts", [[1], [3], [2, 2, 2], [1, 1], [0, 0], [1, 4, 2], [5, 1], [33, 33]])
 def test_all_pairs(counts):
     src, dst = graph.all_pairs(counts)
     owner = np.repeat(np.arange(len(counts)), counts)

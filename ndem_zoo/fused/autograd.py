@@ -115,7 +115,9 @@ def run(passes: Passes, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
             if weight.requires_grad and (total is None or not total.is_contiguous()):
                 sums = None
                 break
-    parameters = passes.weights if sums is None else [anchor]
+    parameters = [anchor]
+    if sums is None:
+        parameters = passes.weights if any(weight.requires_grad for weight in passes.weights) else []
     return _Values.apply(passes, len(inputs), sums, first, *inputs[1:], *parameters)[:-1]
 
 
@@ -173,8 +175,8 @@ class _Values(torch.autograd.Function):
             nothing = [torch.zeros_like(g) for g in g_outputs]
             more = passes.gradient(*nothing, second=second, wanted=wanted, into=into)
             g_inputs = [a if b is None else b if a is None else a + b for a, b in zip(g_inputs, more, strict=True)]
-        if ctx.sums is not None:
-            return None, None, None, *g_inputs, None
+        if ctx.sums is not None or not ctx.n_parameters:
+            return None, None, None, *g_inputs, *[None] * ctx.n_parameters
         unused = passes.unused()
         gradients = [None if place in unused else gradient for place, gradient in enumerate(into)]
         return None, None, None, *g_inputs, *gradients

@@ -76,14 +76,11 @@ def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Te
     if library is None:
         return None
     parameters = _parameters(backbone)
-    if any(p.dtype != pos.dtype or not p.is_contiguous() for p in (*parameters, basis.means, basis.betas)):
-        return None  # native code sees addresses only
-    least, largest = torch.aminmax(batch.z)
-    if least < 0 or largest >= backbone.max_z:
-        return None  # the embedding raises the error
+    if not native.can_read([*parameters, basis.means, basis.betas], pos.dtype):
+        return None
     kernels = native.Kernels(library, pos.dtype)
-    pairs = find_pairs(kernels, batch, backbone.cutoff)
-    if pairs is None:
+    pairs = find_pairs(kernels, batch, backbone.cutoff, backbone.max_z)
+    if pairs is None:  # for unknown elements, the embedding raises the error
         return None
     needs_forces = torch.is_grad_enabled() and pos.requires_grad
     pairs.add_geometry(kernels, backbone.cutoff, layers[0].vector_cutoff, basis, needs_forces)
@@ -115,6 +112,8 @@ class Pairs:
 
     Attributes
     ----------
+    n : int
+        How many there are: P. Arrays over pairs may have room for more.
     first, second : (P,) int32
         Atoms i and j: by structure, and there by distance.
     edge : (P, 3)
@@ -131,40 +130,42 @@ class Pairs:
         Radial functions from this one on are 0 at the distance.
     """
 
+    n: int
     first: Tensor
     second: Tensor
+    active: Tensor
     edge: Tensor
     pair_ptr: Tensor
     atom_ptr: Tensor
     geometry: Tensor | None = None
     rbf: Tensor | None = None
     rbf_r: Tensor | None = None
-    active: Tensor | None = None
 
     def add_geometry(
         self, kernels: native.Kernels, cutoff: float, vector_cutoff: bool, basis: ExpNormalBasis, derivative: bool
     ) -> None:
         """Set `geometry`, `rbf`, `rbf_r` and `active`."""
-        p, k = self.first.shape[0], basis.means.shape[0]
+        p, k = self.n, basis.means.shape[0]
         self.geometry, self.rbf = kernels.empty(p, 8), kernels.empty(p + 1, k)
         self.rbf_r = kernels.empty(p, k) if derivative else None
-        self.active = torch.empty(p + 1, dtype=torch.int32)
         arguments = (self.edge, basis.means, basis.betas, self.geometry, self.rbf, self.rbf_r, self.active)
         kernels.call("radial", p, k, float(cutoff), int(vector_cutoff), *arguments)
 
 
-def find_pairs(kernels: native.Kernels, batch: Batch, cutoff: float) -> Pairs | None:
-    """Pairs within the cutoff in Å; None if the edges do not hold both directions of each."""
-    room = batch.src.shape[0] // 2 + 1
-    first, second = (torch.empty(room, dtype=torch.int32) for _ in range(2))
+def find_pairs(kernels: native.Kernels, batch: Batch, cutoff: float, max_z: int) -> Pairs | None:
+    """Pairs within the cutoff in Å; None if the edges do not hold both directions of each, or an element is unknown."""
+    edges = batch.src.shape[0]
+    room = edges // 2 + 1
+    first, second, active = torch.empty(3, room, dtype=torch.int32).unbind()
     edge = kernels.empty(room, 3)
-    tensors = (batch.src, batch.dst, batch.shift, batch.pos.detach(), batch.system)
+    tensors = (batch.src, batch.dst, batch.shift, batch.pos.detach(), batch.system, batch.z)
     arguments = [tensor.contiguous() for tensor in tensors]
-    found = kernels.call("find_pairs", batch.src.shape[0], *arguments, float(cutoff), room, first, second, edge)
+    found = kernels.call(
+        "find_pairs", edges, batch.z.shape[0], max_z, *arguments, float(cutoff), room, first, second, edge
+    )
     if found < 0:
         return None
-    first, second = first[:found], second[:found]
-    return Pairs(first, second, edge[:found], *_ranges(first, batch.system, torch.get_num_threads()))
+    return Pairs(found, first, second, active, edge, *_ranges(first[:found], batch.system, torch.get_num_threads()))
 
 
 def _ranges(first: Tensor, system: Tensor, threads: int) -> tuple[Tensor, Tensor]:
@@ -211,7 +212,7 @@ class BackbonePasses(autograd.Passes):
         self._kept = pairs, z  # whose addresses the description holds
         self._addresses = native.addresses(weights)
         self._description = _Description(
-            pos.shape[0], pairs.first.shape[0], self._channels, heads, pairs.rbf.shape[1], n_layers, 0, torch.get_num_threads(),
+            pos.shape[0], pairs.n, self._channels, heads, pairs.rbf.shape[1], n_layers, 0, torch.get_num_threads(),
             pairs.atom_ptr.shape[0] - 1,
             *(t.data_ptr() for t in (pairs.pair_ptr, pairs.atom_ptr, z, pairs.first, pairs.second, pairs.active)),
             *(None if t is None else t.data_ptr() for t in (pairs.geometry, pairs.rbf, pairs.rbf_r)),

@@ -40,7 +40,7 @@ def run(blocks: Sequence[GatedEquivariantBlock], features: Features, vectors: bo
         hidden, out = block.update_net[0], block.update_net[2]
         parameters += [block.vec1_proj.weight, block.vec2_proj.weight]
         parameters += [hidden.weight, hidden.bias, out.weight, out.bias]
-    if any(p.dtype != features.scalars.dtype or not p.is_contiguous() for p in parameters):
+    if not native.can_read(parameters, features.scalars.dtype):
         return None
     passes = HeadPasses(backbone.kernels.like(), backbone.pos, blocks, parameters, vectors)
     return autograd.run(passes, (features.scalars, features.vectors))

@@ -280,6 +280,11 @@ def lanes(channels: int) -> int:
     return min(16, channels & -channels)
 
 
+def can_read(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether native code, which sees addresses only, reads these tensors right as numbers of `dtype`."""
+    return {tensor.dtype for tensor in tensors} <= {dtype} and all(map(Tensor.is_contiguous, tensors))
+
+
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
     """Where the tensors lie, as an array for native code."""
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

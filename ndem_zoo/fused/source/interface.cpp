@@ -28,10 +28,10 @@
         const T* b, int64_t b_row, const T* bias, T* c, int64_t c_row, int64_t accumulate, int64_t threads) {         \
         product<T>({m, n, k, a, b, bias, a_row, a_column, b_row, c_row, c, accumulate != 0}, threads);                \
     }                                                                                                                 \
-    int64_t find_pairs_##NAME(int64_t n_edges, const int64_t* src, const int64_t* dst, const T* shift,                \
-        const T* pos, const int64_t* system, double cutoff, int64_t room, int32_t* first, int32_t* second,            \
-        T* edge) {                                                                                                    \
-        return find_pairs<T>(n_edges, src, dst, shift, pos, system, T(cutoff), room, first, second, edge);            \
+    int64_t find_pairs_##NAME(int64_t n_edges, int64_t n, int64_t max_z, const int64_t* src, const int64_t* dst,      \
+        const T* shift, const T* pos, const int64_t* system, const int64_t* z, double cutoff, int64_t room,           \
+        int32_t* first, int32_t* second, T* edge) {                                                                   \
+        return find_pairs<T>(n_edges, n, max_z, src, dst, shift, pos, system, z, T(cutoff), room, first, second, edge);\
     }                                                                                                                 \
     void radial_##NAME(int64_t p, int64_t k, double cutoff, int64_t vector_cutoff, const T* edge,                     \
         const T* means, const T* betas, T* geometry, T* rbf, T* rbf_r, int32_t* active) {                             \

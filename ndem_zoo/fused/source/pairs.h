@@ -877,11 +877,15 @@ void sort_pairs(int64_t n, int32_t* first, int32_t* second, T* edge) {
     }
 }
 
-// One of the two directions of every edge that is not longer than the cutoff, by structure and distance: returns the number of pairs, or -1 if
-// the edges are not symmetric. `edge` (P, 3) is pos[second] + shift - pos[first].
+// One of the two directions of every edge that is not longer than the cutoff, by structure and distance: returns the
+// number of pairs, or -1 if the edges are not symmetric or an atomic number is not below `max_z`. `edge` (P, 3) is
+// pos[second] + shift - pos[first].
 template <class T>
-int64_t find_pairs(int64_t n_edges, const int64_t* src, const int64_t* dst, const T* shift, const T* pos,
-                   const int64_t* system, T cutoff, int64_t room, int32_t* first, int32_t* second, T* edge) {
+int64_t find_pairs(int64_t n_edges, int64_t n, int64_t max_z, const int64_t* src, const int64_t* dst, const T* shift,
+                   const T* pos, const int64_t* system, const int64_t* z, T cutoff, int64_t room, int32_t* first,
+                   int32_t* second, T* edge) {
+    for (int64_t i = 0; i < n; ++i)
+        if (z[i] < 0 || z[i] >= max_z) return -1;
     int64_t found = 0;
     uint64_t balance = 0;
     for (int64_t e = 0; e < n_edges; ++e) {
