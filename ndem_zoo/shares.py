@@ -8,6 +8,7 @@ Which structures a step has is known to `sampling.Order`; who does which share, 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,10 @@ from torch import Tensor
 
 from ndem_zoo.graph import Batch
 from ndem_zoo.sampling import Collator, atom_indices, step_seed
+
+#: Choice: atoms that a CPU computes at a time. Few enough for what a step keeps of them to stay near the processor, and many
+#: enough to pay for the work around it.
+ATOMS_AT_ONCE = 400
 
 
 class Cut(NamedTuple):
@@ -136,6 +141,11 @@ class Cutter:
         atoms, _ = atom_indices(ptr, rows)
         places = (self.collate.place(column) for column in (rows, atoms))
         return Share(self.collate(np.asarray(indices)[rows]), Cut(whole, *places, number, is_empty))
+
+
+def shares_for(atoms: float, device: torch.device) -> int:
+    """Into how many shares to cut a step of so many atoms, if nobody said: on a CPU it costs nothing and saves memory."""
+    return max(1, math.ceil(atoms / ATOMS_AT_ONCE)) if device.type == "cpu" else 1
 
 
 def balanced(costs: Int[np.ndarray, " S"], number: int) -> list[Int[np.ndarray, " s"]]:

@@ -41,7 +41,7 @@ from ndem_zoo.objectives.base import Objective, check_choice, check_not_negative
 from ndem_zoo.progress import Progress
 from ndem_zoo.safety import Guard, check_workspace, deterministic, gradient_size
 from ndem_zoo.sampling import Collator, Order, load, size_batches, step_seed
-from ndem_zoo.shares import Cutter, Share, ShareRng, Shares
+from ndem_zoo.shares import Cutter, Share, ShareRng, Shares, shares_for
 
 if TYPE_CHECKING:
     from ndem_zoo.datasets.base import MolecularDataset
@@ -73,7 +73,9 @@ class TrainSettings:
         structures as fit. None for no limit.
     accumulate
         Shares into which a device cuts its part of a step, one after the other: the memory of one share, and the same step
-        but for rounding. Devices and shares have about equally many atoms each; see `ndem_zoo.shares`.
+        but for rounding. Devices and shares have about equally many atoms each; see `ndem_zoo.shares`. None: on a CPU, shares
+        of about 400 atoms, which take no longer than the whole and often less; but 1 on a GPU, and where the objective
+        draws noise or takes means that belong to the whole batch.
     bucket
         Whether the structures of a step are of similar size: they are shuffled within buckets of size, and so are the
         batches. The order of the data is then less random.
@@ -124,7 +126,7 @@ class TrainSettings:
     batch_size: int | None = 8
     eval_batch_size: int = 64
     max_atoms: int | None = None
-    accumulate: int = 1
+    accumulate: int | None = None
     bucket: bool = False
     prefetch: bool | None = None
     lr: float = 1e-3
@@ -155,8 +157,7 @@ class TrainSettings:
         for name in ("weight_decay", "min_lr", "lr"):
             check_not_negative(name, getattr(self, name))
         check_not_negative("warmup_factor", self.warmup_factor)
-        for name in ("eval_batch_size", "accumulate"):
-            check_whole(name, getattr(self, name), 1)
+        check_whole("eval_batch_size", self.eval_batch_size, 1)
         if self.batch_size is not None or self.max_atoms is None:
             check_whole("batch_size", self.batch_size, 1)
         check_switch("bucket", self.bucket)
@@ -165,7 +166,7 @@ class TrainSettings:
             check_switch("prefetch", self.prefetch)
         for name in ("warmup_steps", "plateau_patience", "seed"):
             check_whole(name, getattr(self, name), 0)
-        for name in ("nb_epoch", "max_steps", "early_stopping", "validate_every", "max_atoms"):
+        for name in ("nb_epoch", "max_steps", "early_stopping", "validate_every", "max_atoms", "accumulate"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
         for name in ("max_time", "clip_norm"):
@@ -266,7 +267,7 @@ class Run:
         self.collate = Collator(
             train_set, potential.backbone.cutoff, self.dtype, nearest=potential.backbone.nearest, device=device
         )
-        n_shares = self.peers.size * settings.accumulate
+        n_shares = self.peers.size * self._accumulate(device)
         if n_shares > 1 and objective.needs_whole_batch:
             raise ConfigError(
                 f"{type(objective).__name__} with these options looks at a step's batch as a whole: devices, nodes and "
@@ -274,6 +275,19 @@ class Run:
             )
         self.shares = Cutter(self.collate, n_shares, range(self.peers.rank, n_shares, self.peers.size))
         self.guard = Guard(self)
+
+    def _accumulate(self, device: torch.device) -> int:
+        """How many shares a process computes of a step, one after the other."""
+        settings = self.settings
+        if settings.accumulate is not None:
+            return settings.accumulate
+        if self.objective.needs_whole_batch or not self.objective.shares_noise:
+            return 1
+        limits = (
+            settings.batch_size and settings.batch_size * float(np.mean(self.train_set.counts)),
+            settings.max_atoms,
+        )
+        return shares_for(min(limit for limit in limits if limit is not None) / self.peers.size, device)
 
     @property
     def evaluated(self) -> nn.Module:

@@ -55,6 +55,41 @@ def step(dataset, name: str, options: dict, accumulate: int, weight: float = 1.0
     return totals, {key: p.grad for key, p in run.module.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "limits", "expected"),
+    [
+        ("supervised", {}, {"batch_size": 13}, 1),  # 400 atoms, at 30 a structure
+        ("supervised", {}, {"batch_size": 14}, 2),
+        ("ndem", {}, {"batch_size": 100}, 8),
+        ("ndem", {}, {"batch_size": 100, "accumulate": 3}, 3),
+        ("ndem", {}, {"batch_size": 100, "accumulate": 1}, 1),
+        ("ndem", {}, {"batch_size": 100, "max_atoms": 801}, 3),
+        ("ndem", {}, {"batch_size": None, "max_atoms": 800}, 2),
+        ("ndem", {"sigma": (0.01, 0.2), "sigma_per": "batch"}, {"batch_size": 100}, 8),
+        ("ndem_curvature", {"curvature": "isotropic", "confidence": "learned"}, {"batch_size": 100}, 1),
+        ("geossl", {}, {"batch_size": 100}, 1),
+    ],
+)
+def test_number_of_shares_if_nobody_says(mixed, name, options, limits, expected):
+    """On a CPU about 400 atoms each; one, where the objective looks at the whole batch."""
+    counts = np.full(8, 30)
+    columns = {
+        "z": np.tile([6, 1, 8], 80),
+        "pos": np.random.default_rng(0).normal(size=(240, 3)),
+        "ptr": 30 * np.arange(9),
+    }
+    data = MolecularDataset(**columns, targets={"energy": np.zeros(8), "forces": np.zeros((240, 3))})
+    assert (data.counts == counts).all()
+    cls = registry.lookup(registry.OBJECTIVES, name, "objective")
+    with seeded(0):
+        potential = Potential(TorchMDNet(**TINY))
+    objective = cls(SupervisedLoss(), 1.0, "constant", {**cls.probed_with, **options})
+    objective.build(potential, data)
+    run = Run(potential, objective, data, None, TrainSettings(max_steps=1, **limits), torch.device("cpu"))
+    assert run.shares.number == expected
+    assert list(run.shares.mine) == list(range(expected))
+
+
 CASES = {
     "supervised": ("supervised", {}),
     "ndem": ("ndem", {"sigma": (0.01, 0.2)}),

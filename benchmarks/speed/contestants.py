@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ from ndem_zoo.models.torchmd_net import TorchMDNet
 from ndem_zoo.objectives.base import Objective
 from ndem_zoo.objectives.ndem import NDeM
 from ndem_zoo.objectives.supervised import Supervised
+from ndem_zoo.sampling import Collator
+from ndem_zoo.shares import Cutter, Share, ShareRng, Shares, shares_for
 from ndem_zoo.training import seeded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +141,7 @@ class Ours:
         set_plan(self.potential, self.plan)
         self.objective = _built({"supervised": Supervised, "ndem": NDeM}[objective], self.potential)
         self.optimize()
-        self.rng = torch.Generator()
+        self.rng, self._cut = torch.Generator(), {}
 
     def optimize(self) -> None:
         """Make the optimizer, with weights kept as in our training loop."""
@@ -164,10 +167,27 @@ class Ours:
         self.weights.zero_grad()
 
     def step(self, inputs: Inputs) -> None:
-        """One training step."""
+        """One training step; of a large batch in shares, as the training loop makes it."""
         self.zero_grad()
-        self.backward(self.loss(inputs))
+        for share in self._shares(inputs):
+            if share.cut is None:
+                terms = self.terms(inputs)
+            else:
+                rng = ShareRng(share.cut, 0, 0)
+                with self.weights.forward():
+                    terms = self.objective(self.potential, share.batch, rng)
+                terms = self.objective.counted(terms, share.cut, self.rng.manual_seed(0))
+            self.backward(sum(terms.values()))
         self.optimizer.step()
+
+    def _shares(self, inputs: Inputs) -> Shares:
+        """Made once for each input set, as its batch is."""
+        number = shares_for(len(inputs.z), torch.device("cpu"))
+        if id(inputs) not in self._cut:
+            cutter = Cutter(Collator(inputs.dataset(), CUTOFF), number, range(number))
+            whole = Shares([Share(inputs.batch)])
+            self._cut[id(inputs)] = inputs, whole if number == 1 else cutter(np.arange(len(inputs.counts)))
+        return self._cut[id(inputs)][1]
 
     def freeze(self) -> None:
         """Make it ready for inference."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ndem_zoo.datasets import read_sample
+from ndem_zoo.datasets import MolecularDataset, read_sample
 from ndem_zoo.graph import Batch, make_batch
 
 #: Å; the MD17 setting.
@@ -53,6 +53,12 @@ class Inputs:
     def fresh_batch(self, cutoff: float = CUTOFF) -> Batch:
         """Made from the columns again, neighbor list included."""
         return make_batch(self.z, self.pos, self.counts, cutoff, cell=self.cell, pbc=self.pbc)
+
+    def dataset(self) -> MolecularDataset:
+        """The columns with the labels, as a dataset."""
+        ptr = np.concatenate([[0], np.cumsum(self.counts)])
+        targets = {name: value.numpy().astype(np.float64) for name, value in self.batch.targets.items()}
+        return MolecularDataset(self.z, self.pos, ptr, targets=targets, cell=self.cell, pbc=self.pbc)
 
     def first(self, n: int) -> Inputs:
         """The first n structures."""

@@ -171,7 +171,7 @@ clip_norm, ema_decay, nb_epoch, max_steps, early_stopping, validate_every
         batch_size: int | None = None,
         eval_batch_size: int | None = None,
         max_atoms: int | None = None,
-        accumulate: int = 1,
+        accumulate: int | None = None,
         bucket: bool | None = None,
         lr: float | None = None,
         weight_decay: float | None = None,
