@@ -209,9 +209,9 @@ def all_pairs(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """All ordered pairs within structures of `counts` atoms: (src, dst), each (E,) int64, sorted by center."""
     counts = np.asarray(counts, dtype=np.int64)
     if len(counts) > 1 and 0 < counts[0] <= ALL_PAIRS_UP_TO and (counts == counts[0]).all():  # frames of one molecule
-        starts = np.arange(0, len(counts) * counts[0], counts[0])[:, None]
-        src, dst = _pairs_of_one(int(counts[0]))
-        return (starts + src).reshape(-1), (starts + dst).reshape(-1)
+        n, size = len(counts), int(counts[0])
+        src, dst = (np.arange(0, n * size, size)[:, None] + _pairs_of_one(size)).reshape(2, -1)
+        return src, dst
     starts = np.cumsum(counts) - counts
     degree = np.repeat(counts - 1, counts)  # (N,), edges of each center
     dst = np.repeat(np.arange(len(degree)), degree)
@@ -221,9 +221,9 @@ def all_pairs(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=ALL_PAIRS_UP_TO)
-def _pairs_of_one(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Those of a single structure; not to be written into."""
-    return all_pairs([n])
+def _pairs_of_one(n: int) -> np.ndarray:
+    """Those of a single structure: (2, 1, E), not to be written into."""
+    return np.stack(all_pairs([n]))[:, None]
 
 
 def neighbor_list(

@@ -66,7 +66,7 @@ def step(dataset, name: str, options: dict, accumulate: int, weight: float = 1.0
         ("ndem", {}, {"batch_size": 100, "max_atoms": 801}, 3),
         ("ndem", {}, {"batch_size": None, "max_atoms": 800}, 2),
         ("ndem", {"sigma": (0.01, 0.2), "sigma_per": "batch"}, {"batch_size": 100}, 8),
-        ("ndem_curvature", {"curvature": "isotropic", "confidence": "learned"}, {"batch_size": 100}, 1),
+        ("ndem_curvature", {"confidence": "learned"}, {"batch_size": 100}, 1),
         ("geossl", {}, {"batch_size": 100}, 1),
     ],
 )
