@@ -75,11 +75,13 @@ class FlatWeights(Weights):
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         self._weights = [group["params"] for group in groups]
         super().__init__([{**group, "params": [_joined(group["params"])]} for group in groups])
-        self.inputs = [*self.tensors, *(weight for group in self._weights for weight in group)]
+        weights = [weight for group in self._weights for weight in group]
+        self.inputs = [*self.tensors, *weights]
+        self._places = {id(weight): weight.grad for weight in weights}
 
     def forward(self) -> contextlib.AbstractContextManager[None]:
         """See `gradients_in_place`."""
-        return gradients_in_place(self.tensors[0])
+        return gradients_in_place(self.tensors[0], self._places)
 
     def zero_grad(self) -> None:
         """Set the gradients to 0."""

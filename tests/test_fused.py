@@ -206,10 +206,11 @@ def test_in_place_and_by_autograd_give_the_same_gradient_and_add_up():
     loss.backward(inputs=[p for p in potential.parameters() if p.requires_grad])
     expected = {name: p.grad.clone() for name, p in potential.named_parameters() if p.grad is not None}
     anchor = nn.Parameter(torch.zeros(()))
+    places = {id(p): torch.ones_like(p) for p in potential.parameters() if p.requires_grad}
     for p in potential.parameters():
-        p.grad = torch.ones_like(p) if p.requires_grad else None
+        p.grad = places.get(id(p))
     for _ in range(2):
-        with gradients_in_place(anchor):
+        with gradients_in_place(anchor, places):
             prediction = potential(batch)
         loss = prediction.forces.square().sum() + prediction.energy.sum()
         loss.backward(inputs=[anchor])
@@ -225,7 +226,8 @@ def test_in_place_and_by_autograd_give_the_same_gradient_and_add_up():
 def test_weights_without_a_place_for_their_gradient_get_it_from_autograd():
     potential = potential_of("fused")
     weights = [p for p in potential.parameters() if p.requires_grad]
-    with gradients_in_place(nn.Parameter(torch.zeros(()))):
+    some = {id(p): torch.zeros_like(p) for p in weights[1:]}
+    with gradients_in_place(nn.Parameter(torch.zeros(())), some):
         energy = potential(scattered([6], 4.5)).energy
     energy.sum().backward(inputs=weights)
     assert sum(p.grad is not None and bool(p.grad.any()) for p in weights) > 20

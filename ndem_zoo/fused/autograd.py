@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ _here = threading.local()
 
 
 @contextlib.contextmanager
-def gradients_in_place(anchor: Tensor) -> Iterator[None]:
-    """Forward passes made in here add the gradients of weights that have a ``grad`` already to it, past autograd.
+def gradients_in_place(anchor: Tensor, places: Mapping[int, Tensor]) -> Iterator[None]:
+    """Forward passes made in here add the gradients of weights that have a place for it there, past autograd.
 
     Only for ``loss.backward(inputs=[anchor, ...])``: hooks of the weights do not run, and ``torch.autograd.grad`` by them
     finds nothing.
@@ -35,12 +35,14 @@ def gradients_in_place(anchor: Tensor) -> Iterator[None]:
     ----------
     anchor
         A leaf that requires a gradient, and gets none from here: how autograd knows that there is something to do.
+    places
+        By ``id(weight)``, a tensor of the weight's shape, contiguous.
     """
-    before, _here.anchor = getattr(_here, "anchor", None), anchor
+    before, _here.now = getattr(_here, "now", None), (anchor, places)
     try:
         yield
     finally:
-        _here.anchor = before
+        _here.now = before
 
 
 class Passes(ABC):
@@ -108,17 +110,23 @@ def run(passes: Passes, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     first = inputs[0]
     if first.requires_grad:
         first = _Guard.apply(first, passes)
-    anchor, sums = getattr(_here, "anchor", None), None
-    if anchor is not None:
-        sums = [weight.grad for weight in passes.weights]
-        for weight, total in zip(passes.weights, sums, strict=True):
-            if weight.requires_grad and (total is None or not total.is_contiguous()):
-                sums = None
-                break
+    anchor, places = getattr(_here, "now", None) or (None, {})
+    sums = _places_of(passes.weights, places) if places else None
     parameters = [anchor]
     if sums is None:
         parameters = passes.weights if any(weight.requires_grad for weight in passes.weights) else []
     return _Values.apply(passes, len(inputs), sums, first, *inputs[1:], *parameters)[:-1]
+
+
+def _places_of(weights: Sequence[Tensor], places: Mapping[int, Tensor]) -> list[Tensor | None] | None:
+    """Where the gradients are added; None for frozen weights, or for all if one that is not has no place."""
+    found = []
+    for weight in weights:
+        place = places.get(id(weight))
+        if place is None and weight.requires_grad:
+            return None
+        found.append(place)
+    return found
 
 
 class _Guard(torch.autograd.Function):

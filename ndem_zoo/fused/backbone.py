@@ -47,9 +47,8 @@ _OTHER_PARAMETERS = (
 )  # fmt: skip
 
 
-_LAYER_PATHS, _OTHER_PATHS = (
-    [(path.split(".")[:-1], path.split(".")[-1]) for path in paths] for paths in (_LAYER_PARAMETERS, _OTHER_PARAMETERS)
-)
+_LAYER_PATHS = [tuple(path.split(".")) for path in _LAYER_PARAMETERS]
+_OTHER_PATHS = [(path.split(".")[:-1], path.split(".")[-1]) for path in _OTHER_PARAMETERS]
 
 
 def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -93,14 +92,17 @@ def features(backbone: TorchMDNet, batch: Batch, vec: Tensor | None) -> tuple[Te
 
 def _parameters(backbone: TorchMDNet) -> list[Tensor]:
     """All weights, in the order of network.h."""
-
-    def found(module: nn.Module, owners: list[str], name: str) -> Tensor:
+    # Attributes of modules are looked up in three places each; here it is known where they are.
+    found = []
+    for layer in backbone.attention_layers:
+        modules = layer._modules
+        found += [modules[owner]._parameters[name] for owner, name in _LAYER_PATHS]
+    for owners, name in _OTHER_PATHS:
+        module: nn.Module = backbone
         for owner in owners:
             module = module._modules[owner]
-        return module._parameters[name]
-
-    layers = [found(layer, *path) for layer in backbone.attention_layers for path in _LAYER_PATHS]
-    return layers + [found(backbone, *path) for path in _OTHER_PATHS]
+        found.append(module._parameters[name])
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- pairs
