@@ -208,9 +208,9 @@ def sum_by_index(values: Tensor, index: Int[Tensor, " E"], size: int) -> Tensor:
 def all_pairs(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """All ordered pairs within structures of `counts` atoms: (src, dst), each (E,) int64, sorted by center."""
     counts = np.asarray(counts, dtype=np.int64)
-    if len(counts) > 1 and 0 < counts[0] <= ALL_PAIRS_UP_TO and (counts == counts[0]).all():  # frames of one molecule
-        n, size = len(counts), int(counts[0])
-        src, dst = (np.arange(0, n * size, size)[:, None] + _pairs_of_one(size)).reshape(2, -1)
+    sizes = set(counts.tolist())
+    if len(counts) > 1 == len(sizes) and 0 < (size := sizes.pop()) <= ALL_PAIRS_UP_TO:  # frames of one molecule, say
+        src, dst = (np.arange(0, len(counts) * size, size)[:, None] + _pairs_of_one(size)).reshape(2, -1)
         return src, dst
     starts = np.cumsum(counts) - counts
     degree = np.repeat(counts - 1, counts)  # (N,), edges of each center
@@ -411,7 +411,7 @@ def within(batch: Batch, cutoff: float, nearest: Nearest | None = None) -> Batch
 def _needs_search(counts: np.ndarray, pbc: np.ndarray | None) -> bool:
     """Whether edges depend on positions; few free atoms get all pairs."""
     periodic = pbc is not None and bool(np.any(pbc))
-    return periodic or not len(counts) or counts.max() > ALL_PAIRS_UP_TO
+    return periodic or not len(counts) or max(counts.tolist()) > ALL_PAIRS_UP_TO
 
 
 def _periodic_rows(cell: np.ndarray, pbc: np.ndarray) -> Tensor:

@@ -839,17 +839,18 @@ class WeightAverage(AveragedModel):
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model)
         self.decay = decay
+        self._weights = list(self.module.parameters()), list(model.parameters())
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Take in the weights of a step.
+        """Take in the weights of a step, of the same module as at first.
 
         Pitfall: `AveragedModel.update_parameters` sends its counter to the weights' device and reads it back; on a GPU
         that would wait for the step to end. Here the counter stays on the CPU.
         """
         count = int(self.n_averaged)
         decay = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1.0 - decay)
+        torch._foreach_lerp_(*self._weights, 1.0 - decay)
         for averaged, current in zip(self.module.buffers(), model.buffers(), strict=True):
             averaged.copy_(current)
         self.n_averaged += 1
