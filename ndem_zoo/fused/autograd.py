@@ -5,7 +5,7 @@ whose own derivative is the tangent pass. The gradient by the weights then needs
 the loss: the node does that last pass when all three have come in, once.
 
 A network has a hundred weights, and handing each one's gradient to autograd takes longer than computing it for a small
-batch. Within `gradients_in_place` the passes add to ``weight.grad`` themselves.
+batch. Within `gradients_in_place` the passes add to them themselves.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ constexpr int MR = 6, NV = 4;
 #else
 constexpr int MR = 6, NV = 1;
 #endif
+constexpr int64_t FEW = 96;  // rows of `a` for which a panel is read as it is: packing it would take longer
 constexpr int64_t KC = 256;  // rows of `b` in one packed panel: it has to stay in the second-level cache
 
 template <class T>
@@ -99,7 +100,7 @@ void product_rows(const Product<T>& p, int64_t m0, int64_t m1) {
             const int64_t width = p.n - n0 < NV * L ? p.n - n0 : NV * L, vectors = (width + L - 1) / L;
             const T* panel = p.b + k0 * p.b_row + n0;
             int64_t panel_row = p.b_row;
-            if (!p.padded && !(m1 - m0 <= 96 && width == NV * L)) {
+            if (!p.padded && (m1 - m0 > FEW || width < NV * L)) {
                 panel = packed;
                 panel_row = vectors * L;
                 for (int64_t d = 0; d < depth; ++d) {
