@@ -165,10 +165,8 @@ class StoreWriter:
         self.schema: dict[str, _Column] = {}
         self.sources: dict[str, dict[str, Any]] = {}
         self.structures = self.atoms = 0
-        self._committed, self._lasting = (
-            (0, 0),
-            0,
-        )  # structures and atoms; structures that the journal on the disk covers
+        self._committed = 0, 0  # structures and atoms
+        self._lasting = 0  # structures that the journal on the disk covers
         if has_journal:
             journal = _read_record(self.folder / JOURNAL)
             for key, value in self._begun.items():

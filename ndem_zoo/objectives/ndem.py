@@ -193,7 +193,7 @@ class NDeM(Objective):
         square = residual.square()
         per_atom = square.sum(-1) if options.reduction == "atom_sum_xyz" else square.mean(-1)
         others = options.unmasked_weight if options.loss_on == "all" else 0.0
-        weight = free if others == 1 else torch.ones_like(per_atom).masked_fill(~noise.mask, others) * free
+        weight = torch.ones_like(per_atom).masked_fill(~noise.mask, others) * free
         # With all atoms the paper divides by their number whatever the weights; with the masked ones, by theirs.
         counted = noise.mask if options.loss_on == "masked" else free
         return (per_atom * weight).sum() / counted.sum().clamp(min=1)

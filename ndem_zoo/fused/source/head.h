@@ -206,7 +206,8 @@ void head_tangent(const HeadDescription& d, const T* s_t, const T* v_t, T* tange
     }
 }
 
-// adjoints, tangents null: the gradient of a scalar of the outputs alone. It is added to `out`. v_t: tangents of the features' vectors.
+// adjoints, tangents null: the gradient of a scalar of the outputs alone. It is added to `out`. v_t: tangents of the
+// features' vectors.
 template <class T>
 void head_gradient(const HeadDescription& d, const T* m_s_out, const T* m_v_out, T* adjoints, T* tangents,
                    const T* v_t, void* const* out, T* m_s_in, T* m_v_in) {

@@ -122,7 +122,7 @@ struct Network {
     }
 
     // Zeros in what the columns leave of the rows: products read whole vectors.
-    void fill(int64_t rows, int64_t columns, T* out, int64_t row) const {
+    void clear_rest(int64_t rows, int64_t columns, T* out, int64_t row) const {
         for (int64_t r = 0; r < rows; ++r) std::memset(out + r * row + columns, 0, (row - columns) * sizeof(T));
     }
     void filled(int64_t columns, const T* bias, T* out, int64_t row) const {
@@ -133,29 +133,29 @@ struct Network {
     // Weights of a layer as its products read them, made right before: they are then still in the cache.
     void prepare(int64_t l) {
         LayerValues<T>& v = layers[l];
-        fill(C, 5 * C, v.qkv_t, qkv_row);
+        clear_rest(C, 5 * C, v.qkv_t, qkv_row);
         transpose(C, C, weight(l, Q), v.qkv_t, qkv_row);
         transpose(C, C, weight(l, K), v.qkv_t + C, qkv_row);
         transpose(3 * C, C, weight(l, V_), v.qkv_t + 2 * C, qkv_row);
         std::memcpy(v.qkv_bias, weight(l, Q_BIAS), C * sizeof(T));
         std::memcpy(v.qkv_bias + C, weight(l, K_BIAS), C * sizeof(T));
         filled(3 * C, weight(l, V_BIAS), v.qkv_bias + 2 * C, qkv_row - 2 * C);
-        fill(d.n_rbf, 4 * C, v.filter_t, filter_row);
+        clear_rest(d.n_rbf, 4 * C, v.filter_t, filter_row);
         transpose(C, d.n_rbf, weight(l, DK), v.filter_t, filter_row);
         transpose(3 * C, d.n_rbf, weight(l, DV), v.filter_t + C, filter_row);
         std::memcpy(v.filter_bias, weight(l, DK_BIAS), C * sizeof(T));
         filled(3 * C, weight(l, DV_BIAS), v.filter_bias + C, filter_row - C);
-        fill(C, 3 * C, v.o_t, o_row);
+        clear_rest(C, 3 * C, v.o_t, o_row);
         transpose(3 * C, C, weight(l, O), v.o_t, o_row);
         if (!has_vec(l)) return;
-        fill(C, 3 * C, v.vec_t, o_row);
+        clear_rest(C, 3 * C, v.vec_t, o_row);
         transpose(3 * C, C, weight(l, VEC), v.vec_t, o_row);
     }
     void prepare() {  // those of the neighbor embedding
-        fill(d.n_rbf, C, embed_t, embed_row);
+        clear_rest(d.n_rbf, C, embed_t, embed_row);
         transpose(C, d.n_rbf, other(DISTANCE), embed_t, embed_row);
         filled(C, other(DISTANCE_BIAS), embed_bias, embed_row);
-        fill(2 * C, C, combine_t, embed_row);
+        clear_rest(2 * C, C, combine_t, embed_row);
         transpose(C, 2 * C, other(COMBINE), combine_t, embed_row);
     }
 
